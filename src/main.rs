@@ -1,0 +1,3 @@
+//! The `farm` binary: parse, run, leave with the agreed exit code.
+
+fn main() {}

@@ -1,0 +1,37 @@
+//! Models: configuration, weights, layers, families, and the step they compute.
+
+pub mod batch;
+
+pub use batch::{BatchSequence, LogitsWanted, StepBatch};
+
+use crate::Result;
+
+/// Logits of a step on the host: `rows × vocab_size`, row-major, f32.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Logits {
+    /// Row-major values.
+    pub data: Vec<f32>,
+    /// Columns.
+    pub vocab_size: usize,
+}
+
+impl Logits {
+    /// Row `i`.
+    pub fn row(&self, i: usize) -> &[f32] {
+        &self.data[i * self.vocab_size..(i + 1) * self.vocab_size]
+    }
+}
+
+/// What the engine needs of a model: its shape and one step.
+pub trait Runner {
+    /// Number of KV cache blocks.
+    fn num_blocks(&self) -> usize;
+    /// Tokens a block.
+    fn block_size(&self) -> usize;
+    /// Size of the vocabulary (columns of the logits).
+    fn vocab_size(&self) -> usize;
+    /// Longest sequence, prompt and new tokens together.
+    fn max_seq_len(&self) -> usize;
+    /// Runs one step; logits rows in the order of `batch` (see [`StepBatch::num_logits_rows`]).
+    fn forward(&mut self, batch: &StepBatch) -> Result<Logits>;
+}
