@@ -23,8 +23,9 @@
 # it collides with nothing, and killing that one process makes the kernel remove the whole cluster.
 set -euo pipefail
 
-readonly SELF=$(readlink -f "${BASH_SOURCE[0]}")
-readonly DIR=${FARM_CLUSTER_DIR:-/var/tmp/farm-cluster-$(id -u)}
+SELF=$(readlink -f "${BASH_SOURCE[0]}")
+readonly SELF
+readonly DIR=${FARM_CLUSTER_DIR:-/var/tmp/farm-cluster-$UID}
 readonly CPUS=${FARM_CLUSTER_CPUS:-2}
 readonly SHM=${FARM_CLUSTER_SHM:-1g}
 readonly GPUS=${FARM_CLUSTER_GPUS:-2}

@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034 # its variables are for those who source it
 # What selftest.sh and e2e.sh share: a small test runner, and the commands that reach the cluster. Sourced.
 #
 # A test is a function test_NAME. It passes when it returns 0, fails by `fail WHY` or by any command that fails,
