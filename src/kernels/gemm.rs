@@ -14,6 +14,8 @@ use super::{Tier, tier};
 
 /// A type that weights are stored in.
 pub trait Element: Copy + Send + Sync + 'static {
+    /// Zero.
+    const ZERO: Self;
     /// Widens one value, exactly.
     fn to_f32(self) -> f32;
     /// Widens 16 values, exactly.
@@ -24,6 +26,8 @@ pub trait Element: Copy + Send + Sync + 'static {
 }
 
 impl Element for f32 {
+    const ZERO: Self = 0.0;
+
     fn to_f32(self) -> f32 {
         self
     }
@@ -35,6 +39,8 @@ impl Element for f32 {
 }
 
 impl Element for bf16 {
+    const ZERO: Self = bf16::ZERO;
+
     fn to_f32(self) -> f32 {
         bf16::to_f32(self)
     }
@@ -46,6 +52,8 @@ impl Element for bf16 {
 }
 
 impl Element for f16 {
+    const ZERO: Self = f16::ZERO;
+
     fn to_f32(self) -> f32 {
         f16::to_f32(self)
     }
@@ -257,7 +265,6 @@ pub fn widen<E: Element>(from: &[E], to: &mut [f32]) {
     }
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -272,7 +279,8 @@ mod tests {
 
     #[test]
     fn close_to_the_exact_product_for_every_tile_remainder() {
-        for (m, n, k) in [(1, 1, 1), (1, 7, 16), (3, 9, 40), (6, 4, 64), (13, 30, 50), (70, 5, 32)] {
+        for (m, n, k) in [(1, 1, 1), (1, 7, 16), (3, 9, 40), (6, 4, 64), (13, 30, 50), (70, 5, 32)]
+        {
             let (x, w) = (random(m * k, 1), random(n * k, 2));
             let mut out = vec![0.0; m * n];
             let matrix = Matrix { data: &w, rows: n, cols: k, stride: k };
