@@ -60,7 +60,8 @@ else
 FARM_BIN := $(RELEASE)
 install: build
 endif
-	@$(foreach path,PREFIX LMOD_ROOT TCL_ROOT,case "$($(path))" in /*) ;; *) echo "$(path) must be an absolute path" >&2; exit 2;; esac;)
+	@for path in "$(PREFIX)" "$(LMOD_ROOT)" "$(TCL_ROOT)"; do \
+		case "$$path" in /*) ;; *) echo "make install: '$$path' is not an absolute path" >&2; exit 2;; esac; done
 	install -d "$(DESTDIR)$(PREFIX)/bin" $(foreach d,slurm prompts models doc,"$(SHARE)/$(d)")
 	install -m 755 "$(FARM_BIN)" "$(DESTDIR)$(PREFIX)/bin/farm"
 	cp -r prompts/. "$(SHARE)/prompts"

@@ -46,24 +46,27 @@ farm_cpus_per_task() {
 # "36,72(x2)" as sorted lines: 36, 72
 farm_counts() { tr ',' '\n' <<< "$1" | sed 's/(.*//' | sort -n; }
 
-# The whole command line, as the array farm_command.
-farm_build_command() {
-    local preset srun_args mpirun_args
-    read -ra preset <<< "${FARM_ARGS:-}"
+# What starts farm, as the array farm_launcher.
+farm_choose_launcher() {
+    local srun_args mpirun_args
     read -ra srun_args <<< "${FARM_SRUN_ARGS:---mpi=pmix --cpu-bind=cores}"
     read -ra mpirun_args <<< "${FARM_MPIRUN_ARGS:---bind-to none}"
+    farm_not_started=
     case ${FARM_LAUNCHER:-srun} in
         srun)
-            farm_command=(srun --kill-on-bad-exit=1 --cpus-per-task="$(farm_cpus_per_task)" "${srun_args[@]}")
+            farm_launcher=(srun --kill-on-bad-exit=1 --cpus-per-task="$(farm_cpus_per_task)" "${srun_args[@]}")
             # Every rank must see all GPUs of its node, else NCCL cannot connect them; farm gives each rank its own.
-            [ -z "${SLURM_GPUS_ON_NODE:-}${SLURM_JOB_GPUS:-}" ] || farm_command+=(--gpu-bind=none) ;;
+            [ -z "${SLURM_GPUS_ON_NODE:-}${SLURM_JOB_GPUS:-}" ] || farm_launcher+=(--gpu-bind=none)
+            # srun exits with 0 when a node could not start the step, so the tasks leave a sign: the file goes.
+            farm_not_started=$(mktemp)
+            # shellcheck disable=SC2016 # for the shell in the step
+            farm_launcher+=(sh -c 'rm -f "$0"; exec "$@"' "$farm_not_started") ;;
         mpirun)
-            farm_command=(mpirun ${SLURM_NTASKS:+-n "$SLURM_NTASKS"} "${mpirun_args[@]}") ;;
+            farm_launcher=(mpirun ${SLURM_NTASKS:+-n "$SLURM_NTASKS"} "${mpirun_args[@]}") ;;
         *)
             farm_say "FARM_LAUNCHER is srun or mpirun, not '$FARM_LAUNCHER'"
             return 2 ;;
     esac
-    farm_command+=("$FARM_ROOT/bin/farm" "${preset[@]}" "$@")
 }
 
 # In an array job, %a in any argument is the task's id, and %4a the id with leading zeros to four digits.
@@ -125,27 +128,40 @@ farm_requeue() {
     fi
 }
 
+# The arguments of this job, as the array farm_arguments.
+farm_collect_arguments() {
+    local argument
+    read -ra farm_arguments <<< "${FARM_ARGS:-}"
+    farm_arguments+=("$@")
+    [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || return 0
+    [ -z "${FARM_PROMPTS_PATTERN:-}" ] || farm_arguments+=(--prompts-file "$FARM_PROMPTS_PATTERN")
+    set -- "${farm_arguments[@]}"
+    farm_arguments=()
+    for argument; do farm_arguments+=("$(farm_expand_array_id "$argument")"); done
+}
+
 # farm_job ARG…: runs farm with these arguments; returns farm's exit code.
 farm_job() {
-    local status argument arguments=()
+    local status
     farm_load_modules
-    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-        for argument; do arguments+=("$(farm_expand_array_id "$argument")"); done
-        [ -z "${FARM_PROMPTS_PATTERN:-}" ] ||
-            arguments+=(--prompts-file "$(farm_expand_array_id "$FARM_PROMPTS_PATTERN")")
-        set -- "${arguments[@]}"
-    fi
+    farm_collect_arguments "$@"
+    farm_choose_launcher || return
+    farm_say "job $(farm_job_id) on ${SLURM_JOB_NODELIST:-?}, start $((${SLURM_RESTART_COUNT:-0} + 1)), by" \
+        "${FARM_LAUNCHER:-srun}: farm ${farm_arguments[*]}"
     # A restarted job goes on where it was; where there is nothing yet, this starts a run.
     export FARM_RESUME=${FARM_RESUME:-true}
-    farm_build_command "$@" || return
-    farm_say "job $(farm_job_id) on ${SLURM_JOB_NODELIST:-?}, start $((${SLURM_RESTART_COUNT:-0} + 1)): ${farm_command[*]}"
     farm_cancelled=0
     trap farm_on_warning USR1
     trap farm_on_term TERM
-    "${farm_command[@]}" &
+    "${farm_launcher[@]}" "$FARM_ROOT/bin/farm" "${farm_arguments[@]}" &
     farm_pid=$!
     farm_wait
     status=$?
+    if [ -e "$farm_not_started" ]; then
+        farm_say "srun did not start farm on this node (its exit code: $status)"
+        rm -f "$farm_not_started"
+        [ "$status" != 0 ] || status=1
+    fi
     [ "$status" != "${FARM_REQUEUE_CODE:-75}" ] || farm_requeue
     return "$status"
 }

@@ -377,10 +377,11 @@ crash() {
     rm -f "$DIR/run/$1.pid"
 }
 
-# A job that is still on its way out cannot be changed yet, so this keeps asking until it waits for its time.
+# Slurm means the two minutes for the old steps to end: one that is still there would break the new start.
 hurry() {
     local job=$1
     wait_for "the requeue of job $job" requeued_job_waits "$job"
+    wait_for "the end of the old steps of job $job" no_steps_left "$job"
     run_on_login scontrol update JobId="$job" StartTime=now
 }
 
@@ -389,6 +390,9 @@ requeued_job_waits() {
     state=$(run_on_login squeue -h -j "$1" -o '%T %r')
     [ "$state" = "PENDING BeginTime" ]
 }
+
+# Each step has its sockets in the node's spool folder while it lives: n1_7.0 and stepd.slurm.pmix.7.0.
+no_steps_left() { ! compgen -G "$DIR/spool/*/*[_.]$1.*" > /dev/null; }
 
 usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$SELF"; }
 
