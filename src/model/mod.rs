@@ -13,7 +13,7 @@ pub mod weights;
 
 pub use batch::{BatchSequence, LogitsWanted, StepBatch};
 pub use config::ModelConfig;
-pub use runner::{LoadOptions, ModelRunner, TensorParallel};
+pub use runner::{LoadOptions, ModelRunner};
 pub use weights::WeightDtype;
 
 use crate::Result;

@@ -14,7 +14,7 @@ use super::llama::Llama;
 use super::source::{Safetensors, WeightSource};
 use super::weights::WeightDtype;
 use super::{Logits, Runner};
-use crate::comm::{Communicator, TensorComm};
+use crate::comm::TensorComm;
 use crate::kernels::attention::BLOCK_SIZE;
 use crate::{Error, Result};
 
@@ -22,19 +22,10 @@ use crate::{Error, Result};
 pub struct LoadOptions {
     /// Convert matrices to this type; `None` keeps the checkpoint's own.
     pub dtype: Option<WeightDtype>,
-    /// Longest sequence; at most the model's own context.
+    /// Longest sequence, prompt and new tokens together.
     pub max_seq_len: usize,
     /// Blocks of the KV cache.
     pub num_blocks: usize,
-}
-
-/// A tensor-parallel group: sums of tensors, and the messages that keep it in step.
-#[derive(Clone)]
-pub struct TensorParallel {
-    /// Sums and gathers of activations.
-    pub tensors: Arc<dyn TensorComm>,
-    /// The same ranks, for bytes.
-    pub ranks: Arc<dyn Communicator>,
 }
 
 /// A loaded model, its cache and its group.
@@ -44,7 +35,7 @@ pub struct ModelRunner {
     cache: KvCache,
     max_seq_len: usize,
     bytes_read: u64,
-    group: TensorParallel,
+    comm: Arc<dyn TensorComm>,
 }
 
 impl ModelRunner {
@@ -56,14 +47,14 @@ impl ModelRunner {
         dir: &Path,
         config: &ModelConfig,
         options: &LoadOptions,
-        group: TensorParallel,
+        comm: Arc<dyn TensorComm>,
     ) -> Result<Self> {
         let source = Safetensors::open(dir, options.dtype)?;
-        let max_seq_len = options.max_seq_len.min(config.max_context());
-        let model = Llama::load(config, &source, group.tensors.clone(), max_seq_len)?;
+        let max_seq_len = options.max_seq_len;
+        let model = Llama::load(config, &source, comm.clone(), max_seq_len)?;
         let cache = KvCache::new(model.heads(), config.num_hidden_layers, options.num_blocks);
         let bytes_read = source.bytes_read();
-        Ok(Self { config: config.clone(), model, cache, max_seq_len, bytes_read, group })
+        Ok(Self { config: config.clone(), model, cache, max_seq_len, bytes_read, comm })
     }
 
     /// The model's shape.
@@ -99,7 +90,7 @@ impl ModelRunner {
 
     /// Lets the followers of this group's leader return.
     pub fn finish(&mut self) {
-        if self.group.ranks.size() > 1 {
+        if self.comm.size() > 1 {
             self.broadcast_step(Vec::new());
         }
     }
@@ -107,10 +98,10 @@ impl ModelRunner {
     /// The leader's bytes on every rank of the group.
     fn broadcast_step(&self, mut bytes: Vec<u8>) -> Vec<u8> {
         let mut len = (bytes.len() as u64).to_le_bytes();
-        self.group.ranks.broadcast(0, &mut len);
+        self.comm.broadcast_bytes(0, &mut len);
         bytes.resize(u64::from_le_bytes(len) as usize, 0);
         if !bytes.is_empty() {
-            self.group.ranks.broadcast(0, &mut bytes);
+            self.comm.broadcast_bytes(0, &mut bytes);
         }
         bytes
     }
@@ -134,7 +125,7 @@ impl Runner for ModelRunner {
     }
 
     fn forward(&mut self, batch: &StepBatch) -> Result<Logits> {
-        if self.group.ranks.size() > 1 {
+        if self.comm.size() > 1 {
             let bytes = serde_json::to_vec(batch).map_err(Error::fault)?;
             self.broadcast_step(bytes);
         }
