@@ -100,7 +100,7 @@ require_rust() {
 }
 
 main() {
-    local want packages
+    local want packages=()
     cd "$(dirname "${BASH_SOURCE[0]}")/.."
     for want in "$@"; do
         case $want in
@@ -108,11 +108,10 @@ main() {
             test) ;;
             *) say "deps.sh takes build or test, not '$want'"; exit 2 ;;
         esac
-        packages=$(missing_for_"$want" | xargs)
-        [ -n "$packages" ] || continue
-        # shellcheck disable=SC2086 # a list of packages
-        if ! can_install || ! install_packages $packages; then
-            advise "$want" $packages
+        read -ra packages -d '' < <(missing_for_"$want") || true
+        [ ${#packages[@]} -gt 0 ] || continue
+        if ! can_install || ! install_packages "${packages[@]}"; then
+            advise "$want" "${packages[@]}"
             [ "$want" = test ] || exit 1
             say "  (the tests that need them are skipped)"
         fi
