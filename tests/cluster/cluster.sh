@@ -178,8 +178,14 @@ END
 # no GPU behind it.
 write_gres_conf() { printf 'Name=gpu File=%s\n' /dev/null /dev/zero /dev/full /dev/random | head -n "$GPUS"; }
 
+# slurmd asks its cgroup plugin even where nothing uses cgroups. This one starts with whatever the machine has
+# mounted on /sys/fs/cgroup; the v2 plugin wants systemd or a writable tree.
+write_cgroup_conf() { echo "CgroupPlugin=cgroup/v1"; }
+
 prepare_dir() {
     local nodes=$1
+    # the path of a Unix socket ends at 107 characters, and PMIx adds some forty
+    [ ${#DIR} -le 64 ] || die "FARM_CLUSTER_DIR is too long for the sockets below it: $DIR"
     if [ -e "$DIR" ] && [ ! -e "$DIR/.farm-cluster" ] && [ -n "$(ls -A "$DIR")" ]; then
         die "$DIR exists and is not a cluster's folder; set FARM_CLUSTER_DIR"
     fi
@@ -192,7 +198,7 @@ prepare_dir() {
     write_hosts "$nodes" > "$DIR/etc/hosts"
     write_slurm_conf "$nodes" > "$DIR/etc/slurm.conf"
     write_gres_conf > "$DIR/etc/gres.conf"
-    printf 'CgroupAutomount=no\n' > "$DIR/etc/cgroup.conf"
+    write_cgroup_conf > "$DIR/etc/cgroup.conf"
     environment > "$DIR/etc/env"
     echo "$nodes" > "$DIR/nodes"
 }
@@ -377,18 +383,26 @@ crash() {
     rm -f "$DIR/run/$1.pid"
 }
 
-# Slurm means the two minutes for the old steps to end: one that is still there would break the new start.
+# Slurm means the two minutes for the old steps to end: one that is still there would break the new start. And
+# the end of the old batch step sets the time once more, hence asking until the job has left.
 hurry() {
     local job=$1
-    wait_for "the requeue of job $job" requeued_job_waits "$job"
+    wait_for "the requeue of job $job" job_has_state "$job" PENDING
     wait_for "the end of the old steps of job $job" no_steps_left "$job"
-    run_on_login scontrol update JobId="$job" StartTime=now
+    wait_for "the start of job $job" started_after_update "$job"
 }
 
-requeued_job_waits() {
+job_has_state() {
     local state
-    state=$(run_on_login squeue -h -j "$1" -o '%T %r')
-    [ "$state" = "PENDING BeginTime" ]
+    state=$(run_on_login squeue -h -j "$1" -t all -o %T)
+    [ "$state" = "$2" ]
+}
+
+started_after_update() {
+    job_has_state "$1" PENDING || return 0
+    run_on_login scontrol update JobId="$1" StartTime=now
+    sleep 0.5
+    return 1
 }
 
 # Each step has its sockets in the node's spool folder while it lives: n1_7.0 and stepd.slurm.pmix.7.0.
