@@ -134,7 +134,7 @@ proptest! {
             prop_assert!(plan.entries.len() <= max_batch_size.max(1));
             let tokens = plan.batch.token_ids.len();
             prop_assert!(tokens <= max_batched_tokens.max(max_batch_size).max(1));
-            let mut blocks = Vec::new();
+            let mut blocks = Vec::<u32>::new();
             for s in &plan.batch.sequences {
                 prop_assert!(s.num_tokens > 0);
                 prop_assert!(s.block_table.len() * BLOCK_SIZE >= s.start_position + s.num_tokens);
