@@ -90,7 +90,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+        #![proptest_config(crate::engine::tests::config(64))]
 
         /// No block is in two tables and none is lost, whatever the order of use.
         #[test]

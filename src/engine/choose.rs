@@ -9,7 +9,7 @@
 
 use std::collections::HashMap;
 
-use super::softmax::{LogitsError, log_sum_exp, row_max, softmax_weights};
+use super::softmax::{LogitsError, log_sum_exp, row_max, softmax_weights, sum};
 use super::{SamplingParams, TokenLogprob};
 
 /// How often each token occurs among prompt and generated tokens.
@@ -76,10 +76,12 @@ pub fn choose(
     }
     let total = softmax_weights(row, max, params.temperature, weights);
     if (params.top_k == 0 || params.top_k >= row.len()) && params.top_p >= 1.0 {
-        // The best weight is 1, so min-p compares weights themselves.
-        weights.iter_mut().for_each(|w| *w = if *w < params.min_p { 0.0 } else { *w });
-        let kept =
-            if params.min_p > 0.0 { super::softmax::sum(weights.iter().copied()) } else { total };
+        let mut kept = total;
+        if params.min_p > 0.0 {
+            // The best weight is 1, so min-p compares weights themselves.
+            weights.iter_mut().for_each(|w| *w = if *w < params.min_p { 0.0 } else { *w });
+            kept = sum(weights);
+        }
         return draw(weights.iter().copied(), uniform * kept)
             .map_or(Err(LogitsError::NoCandidate), as_id);
     }
@@ -95,7 +97,7 @@ pub fn token_logprob(
     num_top: usize,
     scratch: &mut Scratch,
 ) -> Result<TokenLogprob, LogitsError> {
-    let normaliser = log_sum_exp(row)?;
+    let normaliser = log_sum_exp(row, &mut scratch.weights)?;
     let logprob = |id: u32| (f64::from(row[id as usize]) - normaliser) as f32;
     let mut top = Vec::new();
     if num_top > 0 {
@@ -108,8 +110,8 @@ pub fn token_logprob(
 }
 
 /// Log-probability of `target` by this row.
-pub fn score(row: &[f32], target: u32) -> Result<f64, LogitsError> {
-    Ok(f64::from(row[target as usize]) - log_sum_exp(row)?)
+pub fn score(row: &[f32], target: u32, scratch: &mut Scratch) -> Result<f64, LogitsError> {
+    Ok(f64::from(row[target as usize]) - log_sum_exp(row, &mut scratch.weights)?)
 }
 
 /// The row after penalties and EOS suppression; copied only where they apply.

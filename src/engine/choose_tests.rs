@@ -21,7 +21,7 @@ fn reference(row: &[f32], params: &SamplingParams, uniform: f64) -> u32 {
     if params.top_k == 0 && params.top_p >= 1.0 {
         ids.retain(|&i| weights[i] >= params.min_p);
         let kept = (0..row.len()).map(|i| if ids.contains(&i) { weights[i] } else { 0.0 });
-        total = sum(kept.collect::<Vec<_>>().into_iter());
+        total = sum(&kept.collect::<Vec<_>>());
     } else {
         ids.sort_by(|&a, &b| row[b].total_cmp(&row[a]).then(a.cmp(&b)));
         if params.top_k > 0 {
@@ -53,7 +53,7 @@ fn reference(row: &[f32], params: &SamplingParams, uniform: f64) -> u32 {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(crate::engine::tests::config(256))]
 
     /// Partial sorting and early cuts change nothing. Coarse logits make ties.
     #[test]
@@ -124,7 +124,7 @@ fn unusable_logits_are_errors_at_any_temperature() {
     }
     let mut scratch = Scratch::default();
     assert_eq!(token_logprob(&[f32::NAN], 0, 1, &mut scratch), Err(LogitsError::NotFinite));
-    assert_eq!(score(&[0.0, f32::NAN], 0), Err(LogitsError::NotFinite));
+    assert_eq!(score(&[0.0, f32::NAN], 0, &mut scratch), Err(LogitsError::NotFinite));
 }
 
 #[test]
@@ -172,5 +172,7 @@ fn logprobs_are_of_the_raw_logits_best_first() {
     assert!((report.top[0].1 - 0.4f32.ln()).abs() < 1e-6);
     let all = token_logprob(&row, 0, 99, &mut Scratch::default()).unwrap();
     assert_eq!(all.top.len(), 5);
-    assert!((score(&row, 1).unwrap() - f64::from(0.4f32).ln()).abs() < 1e-6);
+    assert!(
+        (score(&row, 1, &mut Scratch::default()).unwrap() - f64::from(0.4f32).ln()).abs() < 1e-6
+    );
 }

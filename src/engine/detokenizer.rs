@@ -104,7 +104,7 @@ pub(super) mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+        #![proptest_config(crate::engine::tests::config(64))]
 
         #[test]
         fn the_pieces_of_valid_text_join_to_the_whole(text in "[aé€😀 ]{0,40}") {

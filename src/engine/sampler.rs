@@ -87,7 +87,7 @@ fn run_one(
     scratch: &mut Scratch,
 ) -> Result<RowResult, LogitsError> {
     if let Some(target) = task.target {
-        return score(row, target).map(RowResult::Score);
+        return score(row, target, scratch).map(RowResult::Score);
     }
     let params = sequence.params();
     let (counts, uniform) = (sequence.counts(), sequence.uniform());

@@ -157,16 +157,13 @@ impl Scheduler {
             tokens: self.config.max_batched_tokens,
             scored_rows: self.config.max_scored_rows,
         };
-        let preempted = self.schedule_decodes(plan, &mut budget);
+        self.schedule_decodes(plan, &mut budget);
         self.schedule_prefills(plan, &mut budget);
-        if !preempted {
-            self.admit(plan, &mut budget);
-        }
+        self.admit(plan, &mut budget);
     }
 
-    /// One row for each decoding sequence; whether any was preempted for room.
-    fn schedule_decodes(&mut self, plan: &mut StepPlan, budget: &mut Budget) -> bool {
-        let mut preempted = false;
+    /// One row for each decoding sequence; preempts where blocks run out.
+    fn schedule_decodes(&mut self, plan: &mut StepPlan, budget: &mut Budget) {
         let mut index = 0;
         while index < self.running.len() {
             let sequence = &mut self.running[index];
@@ -175,7 +172,6 @@ impl Scheduler {
                 if !self.blocks.grow(sequence.block_table_mut(), num_tokens) {
                     // Possibly this one itself; then the loop ends.
                     self.preempt_youngest();
-                    preempted = true;
                     continue;
                 }
                 let chunk = Chunk { num_tokens: 1, logits: LogitsWanted::Last };
@@ -184,7 +180,6 @@ impl Scheduler {
             }
             index += 1;
         }
-        preempted
     }
 
     /// Chunks of the sequences that still prefill; their blocks are theirs already.
@@ -198,7 +193,8 @@ impl Scheduler {
 
     /// Admits waiting sequences while sequences, rows and blocks last. One block
     /// for each running sequence stays free, so that a new one is not preempted
-    /// by the next few decode steps.
+    /// by the next few decode steps. What this step preempted cannot come back
+    /// in it: at least one of the blocks that it needs has just been taken.
     fn admit(&mut self, plan: &mut StepPlan, budget: &mut Budget) {
         while self.running.len() < self.config.max_batch_size {
             let Some(sequence) = self.waiting.front() else { return };

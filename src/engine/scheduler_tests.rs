@@ -102,7 +102,7 @@ fn scored_rows_are_bounded_and_the_last_token_is_not_computed() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(crate::engine::tests::config(128))]
 
     /// Whatever the load and however few the blocks: every step moves the oldest
     /// sequence, stays within the limits and shares no block; all complete, and

@@ -23,15 +23,18 @@ const LANES: usize = 8;
 /// The largest logit. −∞ marks a token that cannot follow; NaN and +∞ are errors.
 pub fn row_max(row: &[f32]) -> Result<f32, LogitsError> {
     let mut max = [f32::NEG_INFINITY; LANES];
-    let mut bad = [false; LANES];
-    for chunk in row.chunks(LANES) {
-        for ((&x, max), bad) in chunk.iter().zip(&mut max).zip(&mut bad) {
-            *max = if x > *max { x } else { *max };
-            *bad |= x.is_nan();
-        }
+    let mut bad = [0u32; LANES];
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    let mut take = |lane: usize, x: f32| {
+        max[lane] = if x > max[lane] { x } else { max[lane] };
+        bad[lane] |= u32::from(x.is_nan());
+    };
+    for chunk in chunks {
+        (0..LANES).for_each(|lane| take(lane, chunk[lane]));
     }
+    rest.iter().enumerate().for_each(|(lane, &x)| take(lane, x));
     let max = max.into_iter().fold(f32::NEG_INFINITY, f32::max);
-    if bad.contains(&true) || max == f32::INFINITY {
+    if bad != [0; LANES] || max == f32::INFINITY {
         Err(LogitsError::NotFinite)
     } else if max == f32::NEG_INFINITY {
         Err(LogitsError::NoCandidate)
@@ -61,11 +64,13 @@ pub fn exp_nonpositive(x: f32) -> f32 {
 }
 
 /// Sum in f64 by lanes, then over the lanes: one order for one length.
-pub fn sum(values: impl ExactSizeIterator<Item = f32>) -> f64 {
+pub fn sum(values: &[f32]) -> f64 {
     let mut lanes = [0.0f64; LANES];
-    for (i, x) in values.enumerate() {
-        lanes[i % LANES] += f64::from(x);
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    for chunk in chunks {
+        (0..LANES).for_each(|lane| lanes[lane] += f64::from(chunk[lane]));
     }
+    rest.iter().zip(&mut lanes).for_each(|(&x, lane)| *lane += f64::from(x));
     lanes.into_iter().sum()
 }
 
@@ -73,13 +78,13 @@ pub fn sum(values: impl ExactSizeIterator<Item = f32>) -> f64 {
 pub fn softmax_weights(row: &[f32], max: f32, temperature: f32, weights: &mut Vec<f32>) -> f64 {
     weights.clear();
     weights.extend(row.iter().map(|&x| exp_nonpositive((x - max) / temperature)));
-    sum(weights.iter().copied())
+    sum(weights)
 }
 
-/// `ln Σ e^logit`: a logit less this is its log-probability.
-pub fn log_sum_exp(row: &[f32]) -> Result<f64, LogitsError> {
+/// `ln Σ e^logit`: a logit less this is its log-probability. `weights` is scratch.
+pub fn log_sum_exp(row: &[f32], weights: &mut Vec<f32>) -> Result<f64, LogitsError> {
     let max = row_max(row)?;
-    Ok(f64::from(max) + sum(row.iter().map(|&x| exp_nonpositive(x - max))).ln())
+    Ok(f64::from(max) + softmax_weights(row, max, 1.0, weights).ln())
 }
 
 #[cfg(test)]
@@ -118,6 +123,6 @@ mod tests {
     fn log_sum_exp_matches_f64_and_does_not_overflow() {
         let row: Vec<f32> = (0..1001).map(|i| ((i * 37) % 101) as f32 * 0.1 + 300.0).collect();
         let exact = row.iter().map(|&x| (f64::from(x) - 300.0).exp()).sum::<f64>().ln() + 300.0;
-        assert!((log_sum_exp(&row).unwrap() - exact).abs() < 1e-6);
+        assert!((log_sum_exp(&row, &mut Vec::new()).unwrap() - exact).abs() < 1e-6);
     }
 }

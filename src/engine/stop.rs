@@ -87,7 +87,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..ProptestConfig::default() })]
+        #![proptest_config(crate::engine::tests::config(128))]
 
         /// The matcher, which sees only a tail, stops where a search of the
         /// whole text after every character would.
