@@ -1,0 +1,109 @@
+//! What goes into the engine and what comes out of it.
+
+use super::SamplingParams;
+
+/// What to do with a prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mode {
+    /// Sample new tokens after it.
+    #[default]
+    Generate,
+    /// Give the log-probability of each of its tokens after the first.
+    Score,
+}
+
+/// One sequence to run. A record with `n` completions makes `n` requests.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EngineRequest {
+    /// The caller's handle, returned with the output.
+    pub key: u64,
+    /// The record's index in the input: selects its random stream.
+    pub record_index: u64,
+    /// Which of the record's completions, from 0: selects its random stream.
+    pub completion: u32,
+    /// The prompt.
+    pub prompt_token_ids: Vec<u32>,
+    /// How to sample; unused for scoring.
+    pub params: SamplingParams,
+    /// Generate or score.
+    pub mode: Mode,
+}
+
+/// Why a sequence ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FinishReason {
+    /// An EOS token, a stop string, or the end of a scored prompt.
+    Stop,
+    /// `max_new_tokens` or the context's end.
+    Length,
+    /// This sequence failed; the message is for the user.
+    Error(String),
+}
+
+/// A chosen token's log-probability and the best alternatives, by log-softmax
+/// of the model's raw logits: before penalties, temperature and filters (the
+/// "raw_logprobs" of vLLM, and what OpenAI's API reports).
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprob {
+    /// The chosen token.
+    pub token: u32,
+    /// Its natural log-probability.
+    pub logprob: f32,
+    /// The `logprobs` best tokens, best first, lower id first on ties; the
+    /// chosen one is among them only if it ranks so high.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// A scored prompt. The first token has nothing before it and is unscored.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Score {
+    /// Natural log-probability of each prompt token after the first.
+    pub token_logprobs: Vec<f64>,
+}
+
+impl Score {
+    /// Log-probability of the whole prompt given its first token.
+    pub fn logprob(&self) -> f64 {
+        self.token_logprobs.iter().sum()
+    }
+
+    /// `exp(-logprob / tokens)`; `None` where no token was scored.
+    pub fn perplexity(&self) -> Option<f64> {
+        let tokens = self.token_logprobs.len();
+        (tokens > 0).then(|| (-self.logprob() / tokens as f64).exp())
+    }
+}
+
+/// A finished sequence.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EngineOutput {
+    /// The request's handle.
+    pub key: u64,
+    /// All generated tokens, with the EOS token that ended them, and with the
+    /// token that completed a stop string.
+    pub token_ids: Vec<u32>,
+    /// The generated tokens decoded as one, special tokens left out, cut before
+    /// the earliest stop string.
+    pub text: String,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// One entry per generated token, where `SamplingParams::logprobs` asked.
+    pub logprobs: Option<Vec<TokenLogprob>>,
+    /// The score, in [`Mode::Score`].
+    pub score: Option<Score>,
+    /// Number of prompt tokens.
+    pub prompt_tokens: usize,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn perplexity_is_the_inverse_geometric_mean_probability() {
+        let score = Score { token_logprobs: vec![0.5f64.ln(), 0.125f64.ln()] };
+        assert!((score.logprob() - 0.0625f64.ln()).abs() < 1e-12);
+        assert!((score.perplexity().unwrap() - 4.0).abs() < 1e-12);
+        assert_eq!(Score::default().perplexity(), None);
+    }
+}
