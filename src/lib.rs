@@ -13,8 +13,8 @@
 //! → model → {kernels, comm} → error.
 
 pub mod cli;
-pub mod commands;
 pub mod comm;
+pub mod commands;
 pub mod engine;
 pub mod error;
 pub mod kernels;

@@ -27,6 +27,9 @@ pub struct BatchSequence {
     pub block_table: Vec<u32>,
     /// Which rows need logits.
     pub logits: LogitsWanted,
+    /// Tokens of the record's prompt (without generated ones), which dynamic RoPE
+    /// scaling depends on.
+    pub prompt_len: usize,
 }
 
 /// One step: the rows of all sequences, concatenated in order.

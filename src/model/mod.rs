@@ -1,8 +1,20 @@
 //! Models: configuration, weights, layers, families, and the step they compute.
 
 pub mod batch;
+pub mod config;
+pub mod kv_cache;
+pub mod layers;
+pub mod llama;
+pub mod ops;
+pub mod rope;
+pub mod runner;
+pub mod source;
+pub mod weights;
 
 pub use batch::{BatchSequence, LogitsWanted, StepBatch};
+pub use config::ModelConfig;
+pub use runner::{LoadOptions, ModelRunner};
+pub use weights::WeightDtype;
 
 use crate::Result;
 

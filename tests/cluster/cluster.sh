@@ -9,6 +9,7 @@
 #   cluster.sh env                 print the environment that exec adds, as export lines
 #   cluster.sh nodesh NODE CMD…    run CMD inside a node, e.g. `nodesh n1 ls /dev/shm`
 #   cluster.sh limit NODE|all RATE limit a node's link, both ways (`1gbit`, `200mbit`; `none` lifts it)
+#   cluster.sh hurry JOB           let a requeued job start now; Slurm holds it back for two minutes
 #   cluster.sh crash NODE          kill a node and all that runs on it, as a power cut would
 #
 # Settings (environment): FARM_CLUSTER_DIR (default /var/tmp/farm-cluster-$UID), FARM_CLUSTER_CPUS a node (2),
@@ -22,8 +23,9 @@
 # it collides with nothing, and killing that one process makes the kernel remove the whole cluster.
 set -euo pipefail
 
-readonly SELF=$(readlink -f "${BASH_SOURCE[0]}")
-readonly DIR=${FARM_CLUSTER_DIR:-/var/tmp/farm-cluster-$(id -u)}
+SELF=$(readlink -f "${BASH_SOURCE[0]}")
+readonly SELF
+readonly DIR=${FARM_CLUSTER_DIR:-/var/tmp/farm-cluster-$UID}
 readonly CPUS=${FARM_CLUSTER_CPUS:-2}
 readonly SHM=${FARM_CLUSTER_SHM:-1g}
 readonly GPUS=${FARM_CLUSTER_GPUS:-2}
@@ -245,7 +247,7 @@ wait_for() {
     local what=$1 tries=0; shift
     until "$@" 2>/dev/null; do
         tries=$((tries + 1))
-        [ $tries -lt 200 ] || die "$what did not start; see $DIR/log"
+        [ $tries -lt 200 ] || die "waited in vain for $what; see $DIR/log"
         sleep 0.05
     done
 }
@@ -375,6 +377,23 @@ crash() {
     rm -f "$DIR/run/$1.pid"
 }
 
+# Slurm means the two minutes for the old steps to end: one that is still there would break the new start.
+hurry() {
+    local job=$1
+    wait_for "the requeue of job $job" requeued_job_waits "$job"
+    wait_for "the end of the old steps of job $job" no_steps_left "$job"
+    run_on_login scontrol update JobId="$job" StartTime=now
+}
+
+requeued_job_waits() {
+    local state
+    state=$(run_on_login squeue -h -j "$1" -o '%T %r')
+    [ "$state" = "PENDING BeginTime" ]
+}
+
+# Each step has its sockets in the node's spool folder while it lives: n1_7.0 and stepd.slurm.pmix.7.0.
+no_steps_left() { ! compgen -G "$DIR/spool/*/*[_.]$1.*" > /dev/null; }
+
 usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$SELF"; }
 
 main() {
@@ -388,6 +407,7 @@ main() {
         exec)    [ $# -gt 0 ] || die "exec needs a command"; run_on_login "$@" ;;
         nodesh)  [ $# -gt 1 ] || die "nodesh needs a node and a command"; run_on_node "$@" ;;
         limit)   [ $# -eq 2 ] || die "limit needs a node (or all) and a rate"; limit "$@" ;;
+        hurry)   [ $# -eq 1 ] || die "hurry needs a job"; hurry "$@" ;;
         crash)   [ $# -eq 1 ] || die "crash needs a node"; crash "$@" ;;
         __login) login_main ;;
         __node)  node_main "$@" ;;

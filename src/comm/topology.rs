@@ -1,0 +1,197 @@
+//! Which ranks belong together: nodes, tensor-parallel groups, data-parallel groups.
+
+use std::sync::Arc;
+
+use super::Communicator;
+use crate::{Error, Result};
+
+/// How world ranks fall into tensor-parallel groups: contiguous ranks, the first of
+/// each group its leader. `world_size = tensor_parallel_size × number of groups`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GroupLayout {
+    world_size: usize,
+    tensor_parallel_size: usize,
+}
+
+impl GroupLayout {
+    /// Fails (usage) with the sizes that would work if `tensor_parallel_size` does not
+    /// divide `world_size`.
+    pub fn new(world_size: usize, tensor_parallel_size: usize) -> Result<Self> {
+        if tensor_parallel_size == 0 || !world_size.is_multiple_of(tensor_parallel_size) {
+            let sizes: Vec<String> = (1..=world_size)
+                .filter(|&size| world_size.is_multiple_of(size))
+                .map(|size| size.to_string())
+                .collect();
+            return Err(Error::usage(format!(
+                "--tensor-parallel {tensor_parallel_size} does not divide the {world_size} ranks \
+                 of this job; {} would work, or start another number of ranks",
+                sizes.join(", ")
+            )));
+        }
+        Ok(Self { world_size, tensor_parallel_size })
+    }
+
+    /// Ranks of one tensor-parallel group.
+    pub fn tensor_parallel_size(&self) -> usize {
+        self.tensor_parallel_size
+    }
+
+    /// Number of tensor-parallel groups, each a whole model.
+    pub fn num_groups(&self) -> usize {
+        self.world_size / self.tensor_parallel_size
+    }
+
+    /// The group that world rank `rank` belongs to.
+    pub fn group(&self, rank: usize) -> usize {
+        rank / self.tensor_parallel_size
+    }
+
+    /// The place of world rank `rank` in its group.
+    pub fn tensor_parallel_rank(&self, rank: usize) -> usize {
+        rank % self.tensor_parallel_size
+    }
+
+    /// World ranks of the groups' leaders, rank 0 first.
+    pub fn leaders(&self) -> impl Iterator<Item = usize> {
+        (0..self.world_size).step_by(self.tensor_parallel_size)
+    }
+}
+
+/// The ranks of the job and the groups that this rank is in.
+pub struct Topology {
+    /// All ranks.
+    pub world: Arc<dyn Communicator>,
+    /// The ranks of this node; its rank 0 is the node's leader.
+    pub node: Arc<dyn Communicator>,
+    /// The nodes' leaders in order of node index; `None` on the other ranks. World rank 0
+    /// leads node 0.
+    pub leaders: Option<Arc<dyn Communicator>>,
+    /// The ranks that hold one model's shards together with this one.
+    pub tensor_parallel: Arc<dyn Communicator>,
+    /// The leaders of all tensor-parallel groups, world rank 0 first; `None` on the others.
+    pub data_parallel: Option<Arc<dyn Communicator>>,
+    /// How world ranks fall into tensor-parallel groups.
+    pub layout: GroupLayout,
+    /// This node, `0..num_nodes`.
+    pub node_index: usize,
+    /// Number of nodes.
+    pub num_nodes: usize,
+}
+
+impl Topology {
+    /// Groups the ranks of `world`. Collective; fails alike on all ranks.
+    pub fn new(world: Arc<dyn Communicator>, tensor_parallel_size: usize) -> Result<Self> {
+        let layout = GroupLayout::new(world.size(), tensor_parallel_size)?;
+        let rank = world.rank();
+        let node = world.split_shared_memory();
+        let is_leader = node.rank() == 0;
+        let leaders = member(is_leader, world.split(usize::from(!is_leader), rank));
+        let mut place = [0u8; 16];
+        if let Some(leaders) = &leaders {
+            place[..8].copy_from_slice(&(leaders.rank() as u64).to_le_bytes());
+            place[8..].copy_from_slice(&(leaders.size() as u64).to_le_bytes());
+        }
+        node.broadcast(0, &mut place);
+        let place = u128::from_le_bytes(place);
+        let tensor_parallel = world.split(layout.group(rank), rank);
+        let heads_group = layout.tensor_parallel_rank(rank) == 0;
+        let data_parallel = member(heads_group, world.split(usize::from(!heads_group), rank));
+        Ok(Self {
+            world,
+            node,
+            leaders,
+            tensor_parallel,
+            data_parallel,
+            layout,
+            node_index: place as u64 as usize,
+            num_nodes: (place >> 64) as usize,
+        })
+    }
+
+    /// This rank's place on its node.
+    pub fn local_rank(&self) -> usize {
+        self.node.rank()
+    }
+
+    /// Whether this rank leads its node.
+    pub fn is_node_leader(&self) -> bool {
+        self.leaders.is_some()
+    }
+}
+
+fn member(is_member: bool, group: Arc<dyn Communicator>) -> Option<Arc<dyn Communicator>> {
+    is_member.then_some(group)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ErrorKind;
+    use crate::comm::LocalComm;
+
+    #[test]
+    fn groups_are_contiguous_ranks() {
+        // (world, tensor parallel, group of each rank, leaders)
+        let table: [(usize, usize, &[usize], &[usize]); 4] = [
+            (1, 1, &[0], &[0]),
+            (4, 1, &[0, 1, 2, 3], &[0, 1, 2, 3]),
+            (4, 2, &[0, 0, 1, 1], &[0, 2]),
+            (6, 3, &[0, 0, 0, 1, 1, 1], &[0, 3]),
+        ];
+        for (world, size, groups, leaders) in table {
+            let layout = GroupLayout::new(world, size).unwrap();
+            let got: Vec<usize> = (0..world).map(|rank| layout.group(rank)).collect();
+            assert_eq!(got, groups, "world {world}, tensor parallel {size}");
+            assert_eq!(layout.leaders().collect::<Vec<_>>(), leaders);
+            assert_eq!(layout.num_groups(), leaders.len());
+        }
+    }
+
+    #[test]
+    fn a_size_that_does_not_divide_is_refused_with_those_that_do() {
+        for size in [0, 4, 5] {
+            let error = GroupLayout::new(6, size).unwrap_err();
+            assert_eq!(error.kind, ErrorKind::Usage);
+            assert!(error.message.contains("1, 2, 3, 6 would work"), "{error}");
+        }
+    }
+
+    #[test]
+    fn node_leaders_and_groups_are_found_on_uneven_nodes() {
+        // Nodes of 2, 2 and 1 ranks.
+        let places = LocalComm::run_with_nodes(5, 2, |world| {
+            let topology = Topology::new(world, 1).unwrap();
+            (
+                topology.node_index,
+                topology.num_nodes,
+                topology.local_rank(),
+                topology.is_node_leader(),
+                topology.leaders.as_ref().map(|leaders| leaders.rank()),
+            )
+        });
+        assert_eq!(
+            places,
+            [
+                (0, 3, 0, true, Some(0)),
+                (0, 3, 1, false, None),
+                (1, 3, 0, true, Some(1)),
+                (1, 3, 1, false, None),
+                (2, 3, 0, true, Some(2)),
+            ]
+        );
+    }
+
+    #[test]
+    fn tensor_and_data_parallel_groups_cross() {
+        let places = LocalComm::run(4, |world| {
+            let topology = Topology::new(world, 2).unwrap();
+            let data_parallel =
+                topology.data_parallel.as_ref().map(|group| (group.rank(), group.size()));
+            (topology.tensor_parallel.rank(), topology.tensor_parallel.size(), data_parallel)
+        });
+        assert_eq!(
+            places,
+            [(0, 2, Some((0, 2))), (1, 2, None), (0, 2, Some((1, 2))), (1, 2, None)]
+        );
+    }
+}

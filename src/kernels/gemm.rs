@@ -1,0 +1,349 @@
+//! `out = x · Wᵀ (+ bias)`: activations times a weight matrix as it lies in the
+//! checkpoint, rows of `in_features` contiguous values.
+//!
+//! Weights are f32, bf16 or f16 and are widened to f32 in registers (exactly), so
+//! a half-precision model costs half the memory traffic and gives the bits of the
+//! same model converted to f32. Each output is one dot product with 16 running
+//! sums, whatever the tile it is computed in.
+
+use half::{bf16, f16};
+
+use super::parallel::{self, SharedMut};
+use super::simd::{LANES, Simd};
+use super::{Tier, tier};
+
+/// A type that weights are stored in.
+pub trait Element: Copy + Send + Sync + 'static {
+    /// Zero.
+    const ZERO: Self;
+    /// Widens one value, exactly.
+    fn to_f32(self) -> f32;
+    /// Widens 16 values, exactly.
+    ///
+    /// # Safety
+    /// As [`Simd::load`].
+    unsafe fn load<S: Simd>(p: *const Self) -> S::V;
+}
+
+impl Element for f32 {
+    const ZERO: Self = 0.0;
+
+    fn to_f32(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const Self) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { S::load(p) }
+    }
+}
+
+impl Element for bf16 {
+    const ZERO: Self = bf16::ZERO;
+
+    fn to_f32(self) -> f32 {
+        bf16::to_f32(self)
+    }
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const Self) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { S::load_bf16(p) }
+    }
+}
+
+impl Element for f16 {
+    const ZERO: Self = f16::ZERO;
+
+    fn to_f32(self) -> f32 {
+        f16::to_f32(self)
+    }
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const Self) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { S::load_f16(p) }
+    }
+}
+
+/// A borrowed weight matrix `[rows, cols]` with `stride` elements from row to row.
+#[derive(Clone, Copy)]
+pub struct Matrix<'a, E> {
+    /// At least `(rows - 1) * stride + cols` elements.
+    pub data: &'a [E],
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+    /// Elements between the starts of two rows; at least `cols`.
+    pub stride: usize,
+}
+
+/// Bytes of weights that one task streams: large enough for the prefetcher, small
+/// enough that all threads finish together.
+const TASK_BYTES: usize = 256 << 10;
+/// Bytes of activations kept in the second-level cache while weights pass by.
+const ACTIVATION_BYTES: usize = 384 << 10;
+/// Rows of a weight tile.
+const TILE_ROWS: usize = 4;
+
+/// `out[m, rows] = x[m, cols] · wᵀ + bias`, on the rank's threads.
+///
+/// # Panics
+/// If the lengths do not fit together (a bug, not bad input).
+pub fn linear<E: Element>(
+    x: &[f32],
+    m: usize,
+    w: Matrix<'_, E>,
+    bias: Option<&[f32]>,
+    out: &mut [f32],
+) {
+    linear_in_tier(tier(), x, m, w, bias, out);
+}
+
+fn linear_in_tier<E: Element>(
+    tier: Tier,
+    x: &[f32],
+    m: usize,
+    w: Matrix<'_, E>,
+    bias: Option<&[f32]>,
+    out: &mut [f32],
+) {
+    assert_eq!(x.len(), m * w.cols);
+    assert_eq!(out.len(), m * w.rows);
+    assert!(bias.is_none_or(|b| b.len() == w.rows));
+    assert!(w.stride >= w.cols);
+    assert!(w.rows == 0 || w.data.len() >= (w.rows - 1) * w.stride + w.cols);
+    let row_bytes = (w.cols * size_of::<E>()).max(1);
+    let task_rows = (TASK_BYTES / row_bytes).next_multiple_of(TILE_ROWS).clamp(TILE_ROWS, 256);
+    let out = SharedMut::new(out);
+    parallel::for_each(w.rows.div_ceil(task_rows), 2 * m * w.rows * w.cols, |task| {
+        let first = task * task_rows;
+        let panel = Panel {
+            x: x.as_ptr(),
+            m,
+            // SAFETY: `first < rows`, and the data hold every row (asserted above).
+            w: unsafe { w.data.as_ptr().add(first * w.stride) },
+            rows: task_rows.min(w.rows - first),
+            cols: w.cols,
+            stride: w.stride,
+            // SAFETY: as long as the rows (asserted above).
+            bias: bias.map_or(std::ptr::null(), |b| unsafe { b.as_ptr().add(first) }),
+            // SAFETY: inside `out`; tasks write disjoint columns.
+            out: unsafe { out.get().add(first) },
+            out_stride: w.rows,
+        };
+        run_panel(tier, &panel);
+    });
+}
+
+/// Some rows of the weights against all activations.
+struct Panel<E> {
+    x: *const f32,
+    m: usize,
+    w: *const E,
+    rows: usize,
+    cols: usize,
+    stride: usize,
+    bias: *const f32,
+    out: *mut f32,
+    out_stride: usize,
+}
+
+fn run_panel<E: Element>(tier: Tier, panel: &Panel<E>) {
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    unsafe fn avx512<E: Element>(panel: &Panel<E>) {
+        // SAFETY: the features are on; the panel's pointers are the caller's.
+        unsafe { panel_in_tiles::<super::simd::Avx512, E, 6>(panel) }
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn avx2<E: Element>(panel: &Panel<E>) {
+        // SAFETY: as above.
+        unsafe { panel_in_tiles::<super::simd::Avx2, E, 1>(panel) }
+    }
+    match tier {
+        // SAFETY: `Tier::detect` has seen these instructions; the panel is in bounds.
+        #[cfg(target_arch = "x86_64")]
+        Tier::Avx512 => unsafe { avx512(panel) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Tier::Avx2 => unsafe { avx2(panel) },
+        // SAFETY: as above; no features needed.
+        _ => unsafe { panel_in_tiles::<super::simd::Scalar, E, 1>(panel) },
+    }
+}
+
+/// Tiles of up to `MR` rows of activations by [`TILE_ROWS`] rows of weights; `MR`
+/// is what the tier's registers hold.
+#[inline(always)]
+unsafe fn panel_in_tiles<S: Simd, E: Element, const MR: usize>(p: &Panel<E>) {
+    let block = (ACTIVATION_BYTES / (p.cols * 4).max(1)).next_multiple_of(MR).max(MR);
+    for block_start in (0..p.m).step_by(block) {
+        let block_end = (block_start + block).min(p.m);
+        for row in (0..p.rows).step_by(TILE_ROWS) {
+            let nr = TILE_ROWS.min(p.rows - row);
+            let mut i = block_start;
+            while i < block_end {
+                let mr = MR.min(block_end - i);
+                // SAFETY: rows `i..i+mr` and `row..row+nr` are inside the panel.
+                unsafe {
+                    match (mr, nr == TILE_ROWS) {
+                        (6, true) => tile::<S, E, 6, TILE_ROWS>(p, i, row),
+                        (5, true) => tile::<S, E, 5, TILE_ROWS>(p, i, row),
+                        (4, true) => tile::<S, E, 4, TILE_ROWS>(p, i, row),
+                        (3, true) => tile::<S, E, 3, TILE_ROWS>(p, i, row),
+                        (2, true) => tile::<S, E, 2, TILE_ROWS>(p, i, row),
+                        (1, true) => tile::<S, E, 1, TILE_ROWS>(p, i, row),
+                        _ => {
+                            for (i, row) in
+                                (i..i + mr).flat_map(|i| (row..row + nr).map(move |r| (i, r)))
+                            {
+                                tile::<S, E, 1, 1>(p, i, row);
+                            }
+                        }
+                    }
+                }
+                i += mr;
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn tile<S: Simd, E: Element, const M: usize, const N: usize>(
+    p: &Panel<E>,
+    i: usize,
+    row: usize,
+) {
+    // SAFETY: the caller keeps `i + M <= m` and `row + N <= rows`; the tail is
+    // copied into padded arrays before it is loaded.
+    unsafe {
+        let x = p.x.add(i * p.cols);
+        let w = p.w.add(row * p.stride);
+        let mut acc = [[S::splat(0.0); N]; M];
+        let whole = p.cols / LANES * LANES;
+        let mut k = 0;
+        while k < whole {
+            let xs: [S::V; M] = std::array::from_fn(|i| S::load(x.add(i * p.cols + k)));
+            for n in 0..N {
+                let wv = E::load::<S>(w.add(n * p.stride + k));
+                for m in 0..M {
+                    acc[m][n] = S::fma(xs[m], wv, acc[m][n]);
+                }
+            }
+            k += LANES;
+        }
+        if whole < p.cols {
+            for m in 0..M {
+                let xv = S::load(padded(x.add(m * p.cols + whole), p.cols - whole).as_ptr());
+                for n in 0..N {
+                    let wv = padded(w.add(n * p.stride + whole), p.cols - whole);
+                    acc[m][n] = S::fma(xv, S::load(wv.as_ptr()), acc[m][n]);
+                }
+            }
+        }
+        for m in 0..M {
+            for n in 0..N {
+                let bias = if p.bias.is_null() { 0.0 } else { *p.bias.add(row + n) };
+                *p.out.add((i + m) * p.out_stride + row + n) = S::sum(acc[m][n]) + bias;
+            }
+        }
+    }
+}
+
+/// The first `n < 16` values, then zeros.
+#[inline(always)]
+unsafe fn padded<E: Element>(p: *const E, n: usize) -> [f32; LANES] {
+    // SAFETY: the caller gives `n` readable values.
+    std::array::from_fn(|i| if i < n { unsafe { *p.add(i) }.to_f32() } else { 0.0 })
+}
+
+/// Widens `n` elements to f32.
+pub fn widen<E: Element>(from: &[E], to: &mut [f32]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = from.to_f32();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::tests::{random, tiers};
+
+    fn reference(x: &[f32], m: usize, w: &[f32], n: usize, k: usize) -> Vec<f64> {
+        let dot = |i: usize, j: usize| {
+            (0..k).map(|c| f64::from(x[i * k + c]) * f64::from(w[j * k + c])).sum()
+        };
+        (0..m).flat_map(|i| (0..n).map(move |j| (i, j))).map(|(i, j)| dot(i, j)).collect()
+    }
+
+    #[test]
+    fn close_to_the_exact_product_for_every_tile_remainder() {
+        for (m, n, k) in [(1, 1, 1), (1, 7, 16), (3, 9, 40), (6, 4, 64), (13, 30, 50), (70, 5, 32)]
+        {
+            let (x, w) = (random(m * k, 1), random(n * k, 2));
+            let mut out = vec![0.0; m * n];
+            let matrix = Matrix { data: &w, rows: n, cols: k, stride: k };
+            linear(&x, m, matrix, None, &mut out);
+            for (got, want) in out.iter().zip(reference(&x, m, &w, n, k)) {
+                assert!((f64::from(*got) - want).abs() < 1e-4, "{got} {want} at {m} {n} {k}");
+            }
+        }
+    }
+
+    /// Invariant 4: a row's result has the same bits alone and in any batch, on any tier.
+    #[test]
+    fn rows_and_tiers_do_not_change_bits() {
+        let (m, n, k) = (32, 41, 100);
+        let (x, w) = (random(m * k, 3), random(n * k, 4));
+        let bias = random(n, 5);
+        let matrix = Matrix { data: &w, rows: n, cols: k, stride: k };
+        let mut all = vec![0.0; m * n];
+        linear_in_tier(Tier::Scalar, &x, m, matrix, Some(&bias), &mut all);
+        for tier in tiers() {
+            for batch in [1, 2, 3, 5, 6, 7, 32] {
+                for start in (0..m).step_by(batch) {
+                    let rows = batch.min(m - start);
+                    let mut part = vec![0.0; rows * n];
+                    let x = &x[start * k..(start + rows) * k];
+                    linear_in_tier(tier, x, rows, matrix, Some(&bias), &mut part);
+                    assert_eq!(part, all[start * n..(start + rows) * n], "{tier:?} batch {batch}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn half_precision_weights_give_the_bits_of_their_f32_values() {
+        let (m, n, k) = (3, 10, 70);
+        let x = random(m * k, 6);
+        let halves: Vec<bf16> = random(n * k, 7).into_iter().map(bf16::from_f32).collect();
+        let f16s: Vec<f16> = random(n * k, 8).into_iter().map(f16::from_f32).collect();
+        for tier in tiers() {
+            let mut a = vec![0.0; m * n];
+            let mut b = a.clone();
+            let wide: Vec<f32> = halves.iter().map(|h| h.to_f32()).collect();
+            let shape = |data| Matrix { data, rows: n, cols: k, stride: k };
+            linear_in_tier(tier, &x, m, shape(&wide), None, &mut a);
+            let narrow = Matrix { data: &halves, rows: n, cols: k, stride: k };
+            linear_in_tier(tier, &x, m, narrow, None, &mut b);
+            assert_eq!(a, b);
+            let wide: Vec<f32> = f16s.iter().map(|h| h.to_f32()).collect();
+            linear_in_tier(tier, &x, m, shape(&wide), None, &mut a);
+            let narrow = Matrix { data: &f16s, rows: n, cols: k, stride: k };
+            linear_in_tier(tier, &x, m, narrow, None, &mut b);
+            assert_eq!(a, b);
+        }
+    }
+
+    #[test]
+    fn a_strided_matrix_is_read_by_its_stride() {
+        let w = random(4 * 48, 9);
+        let x = random(16, 10);
+        let narrow: Vec<f32> = (0..4).flat_map(|r| w[r * 48 + 16..r * 48 + 32].to_vec()).collect();
+        let (mut a, mut b) = (vec![0.0; 4], vec![0.0; 4]);
+        linear(&x, 1, Matrix { data: &w[16..], rows: 4, cols: 16, stride: 48 }, None, &mut a);
+        linear(&x, 1, Matrix { data: &narrow, rows: 4, cols: 16, stride: 16 }, None, &mut b);
+        assert_eq!(a, b);
+    }
+}

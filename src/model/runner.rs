@@ -1,0 +1,135 @@
+//! The model with its KV cache on this rank, as the engine drives it.
+//!
+//! In a tensor-parallel group the leader's engine calls [`Runner::forward`], which
+//! first broadcasts the step; the other ranks run [`ModelRunner::follow`] until the
+//! leader is done. So every rank of the group runs the same steps.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::batch::StepBatch;
+use super::config::ModelConfig;
+use super::kv_cache::KvCache;
+use super::llama::Llama;
+use super::source::{Safetensors, WeightSource};
+use super::weights::WeightDtype;
+use super::{Logits, Runner};
+use crate::comm::TensorComm;
+use crate::kernels::attention::BLOCK_SIZE;
+use crate::{Error, Result};
+
+/// How to load a model.
+pub struct LoadOptions {
+    /// Convert matrices to this type; `None` keeps the checkpoint's own.
+    pub dtype: Option<WeightDtype>,
+    /// Longest sequence, prompt and new tokens together.
+    pub max_seq_len: usize,
+    /// Blocks of the KV cache.
+    pub num_blocks: usize,
+}
+
+/// A loaded model, its cache and its group.
+pub struct ModelRunner {
+    config: ModelConfig,
+    model: Llama,
+    cache: KvCache,
+    max_seq_len: usize,
+    bytes_read: u64,
+    comm: Arc<dyn TensorComm>,
+}
+
+impl ModelRunner {
+    /// Loads this rank's share of the model in `dir`.
+    ///
+    /// # Errors
+    /// Input errors that name the file or the setting.
+    pub fn load(
+        dir: &Path,
+        config: &ModelConfig,
+        options: &LoadOptions,
+        comm: Arc<dyn TensorComm>,
+    ) -> Result<Self> {
+        let source = Safetensors::open(dir, options.dtype)?;
+        let max_seq_len = options.max_seq_len;
+        let model = Llama::load(config, &source, comm.clone(), max_seq_len)?;
+        let cache = KvCache::new(model.heads(), config.num_hidden_layers, options.num_blocks);
+        let bytes_read = source.bytes_read();
+        Ok(Self { config: config.clone(), model, cache, max_seq_len, bytes_read, comm })
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Bytes of weight matrices that this rank holds or maps.
+    pub fn weight_bytes(&self) -> u64 {
+        self.model.weight_bytes()
+    }
+
+    /// Bytes of the checkpoint that this rank read or mapped while loading.
+    pub fn bytes_read(&self) -> u64 {
+        self.bytes_read
+    }
+
+    /// Runs the leader's steps until it is done ([`ModelRunner::finish`]).
+    ///
+    /// # Errors
+    /// A tensor fault, or a step that does not decode.
+    pub fn follow(&mut self) -> Result<()> {
+        loop {
+            let bytes = self.broadcast_step(Vec::new());
+            if bytes.is_empty() {
+                return Ok(());
+            }
+            let batch: StepBatch = serde_json::from_slice(&bytes)
+                .map_err(|e| Error::fault(format!("a step from the group's leader: {e}")))?;
+            self.model.forward(&batch, &mut self.cache)?;
+        }
+    }
+
+    /// Lets the followers of this group's leader return.
+    pub fn finish(&mut self) {
+        if self.comm.size() > 1 {
+            self.broadcast_step(Vec::new());
+        }
+    }
+
+    /// The leader's bytes on every rank of the group.
+    fn broadcast_step(&self, mut bytes: Vec<u8>) -> Vec<u8> {
+        let mut len = (bytes.len() as u64).to_le_bytes();
+        self.comm.broadcast_bytes(0, &mut len);
+        bytes.resize(u64::from_le_bytes(len) as usize, 0);
+        if !bytes.is_empty() {
+            self.comm.broadcast_bytes(0, &mut bytes);
+        }
+        bytes
+    }
+}
+
+impl Runner for ModelRunner {
+    fn num_blocks(&self) -> usize {
+        self.cache.num_blocks()
+    }
+
+    fn block_size(&self) -> usize {
+        BLOCK_SIZE
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.config.vocab_size
+    }
+
+    fn max_seq_len(&self) -> usize {
+        self.max_seq_len
+    }
+
+    fn forward(&mut self, batch: &StepBatch) -> Result<Logits> {
+        if self.comm.size() > 1 {
+            let bytes = serde_json::to_vec(batch).map_err(Error::fault)?;
+            self.broadcast_step(bytes);
+        }
+        let data = self.model.forward(batch, &mut self.cache)?;
+        Ok(Logits { data, vocab_size: self.config.vocab_size })
+    }
+}
