@@ -1,0 +1,381 @@
+//! Rank 0's end of the hand-out: reads the input, serves every worker (itself too),
+//! and puts finished records into the output. Polled between engine steps.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::comm::Communicator;
+use crate::ledger::link::Inbox;
+use crate::ledger::protocol::{Order, TAG_TO_COORDINATOR, TAG_TO_WORKER, Update};
+use crate::ledger::{
+    Finished, Handout, HandoutCounts, LinkState, Load, OrderedOutput, OutputCounts, Reply,
+    WorkerLink,
+};
+use crate::prompts::RawRecord;
+use crate::{Error, Result};
+
+/// The input, record by record, with ascending indices.
+pub type Source = Box<dyn Iterator<Item = Result<RawRecord>>>;
+/// The estimated cost of a record; see [`crate::ledger::estimate_cost`].
+pub type CostEstimate = Box<dyn Fn(&RawRecord) -> f64>;
+
+/// Records read from the input in one poll: bounds the pause between engine steps.
+const READ_RECORDS: usize = 16_384;
+/// Lines of an earlier launch that are put into the output in one poll.
+const STORED_LINES: usize = 4096;
+/// The output is handed to the operating system at least this often.
+const FLUSH_SECONDS: f64 = 1.0;
+
+/// Rank 0's [`WorkerLink`]: it is worker 0 and serves the others. A failure (input,
+/// output, a damaged message) makes the whole run drain and comes out of
+/// [`WorkerLink::close`]; finished records are safe in the part files by then.
+pub struct Coordinator {
+    comm: Arc<dyn Communicator>,
+    inbox: Inbox,
+    handout: Handout,
+    source: Source,
+    estimate: CostEstimate,
+    output: OrderedOutput,
+    workers: Vec<WorkerState>,
+    local_received: u64,
+    now_seconds: f64,
+    flushed_seconds: f64,
+    error: Option<Error>,
+}
+
+#[derive(Clone)]
+struct WorkerState {
+    told: LinkState,
+    goodbye: bool,
+}
+
+impl Coordinator {
+    /// Rank 0 of `comm` (the workers' communicator): hands out `source` by `handout`, whose
+    /// worker count is `comm.size()`, and gathers into `output`.
+    pub fn new(
+        comm: Arc<dyn Communicator>,
+        handout: Handout,
+        source: Source,
+        estimate: CostEstimate,
+        output: OrderedOutput,
+    ) -> Self {
+        let workers = vec![WorkerState { told: LinkState::Open, goodbye: false }; comm.size()];
+        Self {
+            comm,
+            inbox: Inbox::default(),
+            handout,
+            source,
+            estimate,
+            output,
+            workers,
+            local_received: 0,
+            now_seconds: 0.0,
+            flushed_seconds: 0.0,
+            error: None,
+        }
+    }
+
+    /// Records read, skipped, handed out and completed so far.
+    pub fn counts(&self) -> HandoutCounts {
+        self.handout.counts()
+    }
+
+    /// Lines written to the output so far.
+    pub fn output_counts(&self) -> OutputCounts {
+        self.output.counts()
+    }
+
+    /// After [`WorkerLink::close`]: completes the output if every record is done. `None` if
+    /// the run stopped early; `FILE.partial` then holds what is finished in order.
+    pub fn finish(mut self) -> Result<Option<OutputCounts>> {
+        if let Some(error) = self.error {
+            return Err(error);
+        }
+        if !self.handout.complete() {
+            self.output.flush()?;
+            return Ok(None);
+        }
+        let total = self.handout.counts().read;
+        self.output.finish(total).map(Some)
+    }
+
+    fn fail(&mut self, error: Error) {
+        self.handout.stop();
+        self.error.get_or_insert(error);
+    }
+
+    /// Takes every message that has arrived.
+    fn receive(&mut self) {
+        while let Some((from, message)) = self.inbox.next(&*self.comm, TAG_TO_COORDINATOR) {
+            match Update::decode(&message) {
+                Ok(update) => self.apply(from, update),
+                Err(error) => self.fail(error.context(format!("from worker {from}"))),
+            }
+        }
+    }
+
+    fn apply(&mut self, from: usize, update: Update) {
+        for finished in update.finished {
+            self.take_finished(finished);
+        }
+        if update.stop {
+            self.handout.stop();
+        }
+        self.workers[from].goodbye |= update.goodbye;
+        self.handout.report(from, update.load, update.received_records, self.now_seconds);
+    }
+
+    fn take_finished(&mut self, finished: Finished) {
+        self.handout.completed(finished.index, finished.cost);
+        // After a failure of the output the part files alone keep the records.
+        if self.error.is_none()
+            && let Err(error) = self.output.push(finished.index, finished.line, finished.is_error)
+        {
+            self.fail(error);
+        }
+    }
+
+    fn read_input(&mut self) {
+        for _ in 0..READ_RECORDS {
+            if !self.handout.wants_more() {
+                return;
+            }
+            match self.source.next() {
+                None => self.handout.end_of_input(),
+                Some(Err(error)) => self.fail(error),
+                Some(Ok(record)) if self.handout.is_done(record.index) => {
+                    self.handout.skip(record.index);
+                }
+                Some(Ok(record)) => {
+                    let cost = (self.estimate)(&record);
+                    self.handout.feed(record, cost);
+                }
+            }
+        }
+    }
+
+    /// Answers the standing requests of all workers; returns worker 0's own records.
+    fn serve(&mut self) -> Vec<RawRecord> {
+        let mut local = Vec::new();
+        for worker in 0..self.workers.len() {
+            while let Reply::Block(block) = self.handout.next_block(worker, self.now_seconds) {
+                if worker == 0 {
+                    local.extend(block);
+                } else {
+                    self.comm.send(worker, TAG_TO_WORKER, Order::Block(block).encode());
+                }
+            }
+        }
+        self.local_received += local.len() as u64;
+        self.tell_state();
+        local
+    }
+
+    /// Tells workers that no more will come, once, and that the run drains, if it does.
+    fn tell_state(&mut self) {
+        let state = self.state();
+        for (worker, known) in self.workers.iter_mut().enumerate().skip(1) {
+            if known.told != state && !known.goodbye {
+                known.told = state;
+                let order = Order::NoMore { stopped: state == LinkState::Stopped };
+                self.comm.send(worker, TAG_TO_WORKER, order.encode());
+            }
+        }
+    }
+
+    fn write_output(&mut self) {
+        if self.error.is_some() {
+            return;
+        }
+        let mut result = self.output.advance(STORED_LINES).map(|_| ());
+        if result.is_ok() && self.now_seconds - self.flushed_seconds >= FLUSH_SECONDS {
+            self.flushed_seconds = self.now_seconds;
+            result = self.output.flush();
+        }
+        if let Err(error) = result {
+            self.fail(error);
+        }
+    }
+}
+
+impl WorkerLink for Coordinator {
+    fn poll(&mut self, load: &Load, now_seconds: f64) -> Vec<RawRecord> {
+        self.now_seconds = now_seconds;
+        self.receive();
+        self.handout.report(0, *load, self.local_received, now_seconds);
+        self.read_input();
+        let records = self.serve();
+        self.write_output();
+        records
+    }
+
+    fn submit(&mut self, finished: Finished) {
+        self.take_finished(finished);
+    }
+
+    fn state(&self) -> LinkState {
+        if self.handout.stopped() {
+            LinkState::Stopped
+        } else if self.handout.exhausted() {
+            LinkState::Finished
+        } else {
+            LinkState::Open
+        }
+    }
+
+    fn request_stop(&mut self) {
+        self.handout.stop();
+        self.tell_state();
+    }
+
+    fn wait(&mut self, timeout: Duration) {
+        self.inbox.wait(&*self.comm, TAG_TO_COORDINATOR, timeout);
+    }
+
+    fn close(&mut self) -> Result<()> {
+        if !self.handout.exhausted() {
+            self.handout.stop();
+        }
+        while !self.workers.iter().skip(1).all(|worker| worker.goodbye) {
+            self.receive();
+            self.tell_state();
+            self.write_output();
+            self.wait(Duration::from_millis(100));
+        }
+        self.error.clone().map_or(Ok(()), Err)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+    use crate::comm::LocalComm;
+    use crate::ledger::{HandoutConfig, IndexSet, OutputTarget, RemoteLink};
+    use crate::prompts::RawBody;
+
+    fn records(count: u64) -> Source {
+        Box::new((0..count).map(|index| {
+            let body = RawBody::Text(format!("prompt {index}").into_bytes());
+            Ok(RawRecord { index, line: index + 1, body })
+        }))
+    }
+
+    /// A worker that needs some steps for each record; stops the run after `stop_after`.
+    fn work(link: &mut dyn WorkerLink, stop_after: Option<usize>) -> Vec<u64> {
+        let start = Instant::now();
+        let (mut waiting, mut running, mut done) = (Vec::new(), Vec::new(), Vec::new());
+        loop {
+            let load = Load {
+                slots: 4,
+                running: running.len(),
+                waiting: waiting.len(),
+                processed_cost: done.len() as f64,
+            };
+            waiting.extend(link.poll(&load, start.elapsed().as_secs_f64()));
+            if link.state() == LinkState::Stopped {
+                break;
+            }
+            while running.len() < 4
+                && let Some(record) = waiting.pop()
+            {
+                running.push(record);
+            }
+            let Some(record) = running.pop() else {
+                if link.state() == LinkState::Finished {
+                    break;
+                }
+                link.wait(Duration::from_millis(20));
+                continue;
+            };
+            let line = format!("{{\"index\":{}}}\n", record.index).into_bytes();
+            let is_error = record.index % 10 == 3;
+            done.push(record.index);
+            link.submit(Finished { index: record.index, line, is_error, cost: 1.0 });
+            if stop_after.is_some_and(|count| done.len() >= count) {
+                link.request_stop();
+            }
+        }
+        done
+    }
+
+    /// Runs `count` records over `ranks` ranks; rank 0's outcome and what each rank did.
+    fn run(
+        ranks: usize,
+        count: u64,
+        source: fn(u64) -> Source,
+        stop: Option<(usize, usize)>,
+    ) -> (Result<Option<OutputCounts>>, Vec<u64>, String) {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("out.jsonl");
+        let mut outcome = Ok(None);
+        let ranks_done = LocalComm::run(ranks, |comm| {
+            let rank = comm.rank();
+            let stop_after = stop.filter(|stop| stop.0 == rank).map(|stop| stop.1);
+            if rank > 0 {
+                let mut link = RemoteLink::new(comm);
+                let done = work(&mut link, stop_after);
+                link.close().unwrap();
+                return (done, None);
+            }
+            let handout = Handout::new(HandoutConfig::default(), ranks, IndexSet::new());
+            let target = OutputTarget::File(file.clone());
+            let output =
+                OrderedOutput::create(target, &dir.path().join("spill"), 1 << 20).unwrap();
+            let cost = Box::new(|_: &RawRecord| 1.0);
+            let mut link = Coordinator::new(comm, handout, source(count), cost, output);
+            let done = work(&mut link, stop_after);
+            let _ = link.close();
+            (done, Some(link.finish()))
+        });
+        let mut done = Vec::new();
+        for (indices, finish) in ranks_done {
+            done.extend(indices);
+            outcome = finish.unwrap_or(outcome);
+        }
+        (outcome, done, std::fs::read_to_string(&file).unwrap_or_default())
+    }
+
+    /// One rank needs no messages; many share the records; the output is the same.
+    #[test]
+    fn any_number_of_ranks_gives_the_same_ordered_output() {
+        let expected: String = (0..300).map(|index| format!("{{\"index\":{index}}}\n")).collect();
+        for ranks in 1..=4 {
+            let (outcome, mut done, output) = run(ranks, 300, records, None);
+            let counts = outcome.unwrap().expect("complete");
+            assert_eq!((counts.records, counts.errors), (300, 30));
+            done.sort_unstable();
+            assert!(done.into_iter().eq(0..300), "each record once");
+            assert_eq!(output, expected, "{ranks} ranks");
+        }
+    }
+
+    #[test]
+    fn fewer_records_than_ranks_and_none_at_all_end_too() {
+        for count in [0, 1, 2] {
+            let counts = run(4, count, records, None).0.unwrap().expect("complete");
+            assert_eq!(counts.records, count);
+        }
+    }
+
+    /// A stop on any rank reaches all of them, and the output is not called complete.
+    #[test]
+    fn a_stop_on_one_rank_drains_all() {
+        for stopping in 0..3 {
+            let (outcome, done, output) = run(3, 100_000, records, Some((stopping, 5)));
+            assert_eq!(outcome.unwrap(), None);
+            assert!(done.len() < 100_000 && output.is_empty());
+        }
+    }
+
+    /// A reader that fails in the middle does not leave the other ranks waiting.
+    #[test]
+    fn a_failing_input_stops_every_rank_with_its_error() {
+        let source = |count| -> Source {
+            Box::new(records(count).chain([Err(Error::fault("prompts.jsonl: gone"))]))
+        };
+        let error = run(3, 20, source, None).0.unwrap_err();
+        assert!(error.message.contains("gone"));
+    }
+}
