@@ -94,15 +94,18 @@ pub fn guess_threads(requested: Option<usize>, own: &RankCpus, local_ranks: usiz
     requested.unwrap_or_else(|| threads_for_rank(&vec![own.clone(); alike], 0))
 }
 
-/// Tells libraries that count CPUs themselves (candle and gemm read
-/// `RAYON_NUM_THREADS`) to use `threads`.
+/// Tells libraries that count CPUs themselves to use `threads`: candle reads
+/// `CANDLE_NUM_THREADS`, it and tokenizers' rayon `RAYON_NUM_THREADS`.
 ///
 /// # Safety
 /// Changes the environment: call it first in `main`, before any other thread runs
 /// (MPI starts some).
 pub unsafe fn limit_library_threads(threads: usize) {
-    // SAFETY: no other thread runs, as this function's own contract asks.
-    unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
+    let threads = threads.to_string();
+    for name in ["RAYON_NUM_THREADS", "CANDLE_NUM_THREADS"] {
+        // SAFETY: no other thread runs, as this function's own contract asks.
+        unsafe { std::env::set_var(name, &threads) };
+    }
 }
 
 /// Builds the process's one rayon pool with `threads` threads. The ranks of
