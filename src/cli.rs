@@ -1,1 +1,472 @@
-//! cli
+//! The command line: flags and subcommands as plain structs.
+//!
+//! Nothing is resolved here. An `Option` that is `None` was neither on the
+//! command line nor in its `FARM_…` environment twin, so that `commands` can
+//! apply the precedence record > flag > `generation_config.json` > default.
+//! `generate` is the default subcommand: `farm --prompts-file p.jsonl …` is
+//! `farm generate --prompts-file p.jsonl …`. A wrong command line leaves with
+//! exit code 2.
+
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use clap::builder::{BoolishValueParser, NonEmptyStringValueParser};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::slurm;
+
+mod text;
+pub mod values;
+
+#[cfg(test)]
+mod tests;
+
+use values::{at_least_one, bytes, fraction, non_negative, nucleus_mass, penalty, positive};
+
+/// The `--version` text: which optional parts this binary was built with.
+static VERSION: LazyLock<String> = LazyLock::new(text::version);
+
+/// Batch inference of language models under Slurm and MPI.
+///
+/// Stages a model to every node's memory, shards a prompts file over ranks,
+/// generates with continuous batching and gathers ordered JSONL and statistics
+/// at rank 0. Without a subcommand farm generates; `farm generate --help` lists
+/// its flags. Every flag has an environment twin FARM_…, so that a modulefile or
+/// a job script can set defaults.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "farm", version = VERSION.as_str(), after_help = text::EXAMPLES)]
+#[command(after_long_help = text::examples_and_exit_codes())]
+#[command(subcommand_required = true, arg_required_else_help = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands of this version.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Command {
+    /// Continue every prompt (the default command)
+    Generate(Box<GenerateArgs>),
+    /// Give every prompt's log-probability and perplexity
+    Score(Box<ScoreArgs>),
+    /// Copy a model to the memory of every node and keep it there
+    Stage(StageCommandArgs),
+    /// Print the tables of a finished run again and write them as an HTML page
+    Report(ReportArgs),
+}
+
+/// `farm generate`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = text::EXAMPLES)]
+pub struct GenerateArgs {
+    /// Where the prompts are.
+    #[command(flatten)]
+    pub input: InputArgs,
+    /// How tokens are chosen.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Model, precision and batch sizes.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Ranks and threads.
+    #[command(flatten)]
+    pub parallelism: ParallelismArgs,
+    /// Where the model is staged.
+    #[command(flatten)]
+    pub staging: StagingArgs,
+    /// Where records go.
+    #[command(flatten)]
+    pub output: OutputArgs,
+    /// What is said on stderr.
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+/// `farm score`: as `generate` without the sampling flags.
+#[derive(Debug, Clone, Args)]
+pub struct ScoreArgs {
+    /// Where the prompts are.
+    #[command(flatten)]
+    pub input: InputArgs,
+    /// Model, precision and batch sizes.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Ranks and threads.
+    #[command(flatten)]
+    pub parallelism: ParallelismArgs,
+    /// Where the model is staged.
+    #[command(flatten)]
+    pub staging: StagingArgs,
+    /// Where records go.
+    #[command(flatten)]
+    pub output: OutputArgs,
+    /// What is said on stderr.
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+/// `farm stage`.
+#[derive(Debug, Clone, Args)]
+pub struct StageCommandArgs {
+    /// The model directory.
+    #[arg(long, env = "FARM_MODEL", value_name = "DIR", help_heading = "Model")]
+    pub model: PathBuf,
+    /// Node-local directory that receives the model; created where missing
+    #[arg(long, env = "FARM_STAGE_DIR", value_name = "DIR", help_heading = "Staging")]
+    #[arg(default_value = DEFAULT_STAGE_DIR)]
+    pub stage_dir: PathBuf,
+    /// What is said on stderr.
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+/// `farm report`.
+#[derive(Debug, Clone, Args)]
+pub struct ReportArgs {
+    /// The run directory (holds stats.json and ranks.csv)
+    #[arg(value_name = "RUN_DIR")]
+    pub run_dir: PathBuf,
+    /// Where the HTML page goes [default: RUN_DIR/report.html]
+    #[arg(long, env = "FARM_HTML", value_name = "FILE", help_heading = "Output")]
+    pub html: Option<PathBuf>,
+}
+
+/// Flags of the prompts file.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Input")]
+pub struct InputArgs {
+    /// Prompts: .txt (one a line), .jsonl, .csv, or - for standard input
+    ///
+    /// A .jsonl line is {"prompt": …}, {"messages": […]} or an OpenAI batch line. Fields
+    /// with the names of the sampling flags override those for that record.
+    #[arg(long, env = "FARM_PROMPTS_FILE", value_name = "FILE|-")]
+    pub prompts_file: PathBuf,
+    /// Format of the prompts; auto goes by the file's ending (standard input: JSONL)
+    #[arg(long, env = "FARM_PROMPTS_FORMAT", value_name = "FORMAT", default_value = "auto")]
+    pub prompts_format: PromptsFormat,
+    /// Column of a CSV file that holds the prompt
+    #[arg(long, env = "FARM_PROMPT_COLUMN", value_name = "NAME", default_value = "prompt")]
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
+    pub prompt_column: String,
+    /// Wrap a plain prompt as one user message for the model's chat template
+    #[arg(long, env = "FARM_CHAT", value_parser = BoolishValueParser::new())]
+    pub chat: bool,
+}
+
+/// Sampling flags; `None` = not given.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingArgs {
+    /// Most tokens to generate for a record [default: 256]
+    #[arg(long, env = "FARM_MAX_NEW_TOKENS", value_name = "N", value_parser = at_least_one())]
+    pub max_new_tokens: Option<usize>,
+    /// Sampling temperature; 0 is greedy [default: 0]
+    #[arg(long, env = "FARM_TEMPERATURE", value_name = "T", value_parser = non_negative)]
+    #[arg(allow_negative_numbers = true)]
+    pub temperature: Option<f32>,
+    /// Sample from the most likely tokens that hold this probability, in (0, 1] [default: 1]
+    #[arg(long, env = "FARM_TOP_P", value_name = "P", value_parser = nucleus_mass)]
+    #[arg(allow_negative_numbers = true)]
+    pub top_p: Option<f32>,
+    /// Sample from this many most likely tokens; 0 is off [default: 0]
+    #[arg(long, env = "FARM_TOP_K", value_name = "K")]
+    pub top_k: Option<usize>,
+    /// Drop tokens below this share of the best one's probability, in [0, 1] [default: 0]
+    #[arg(long, env = "FARM_MIN_P", value_name = "P", value_parser = fraction)]
+    #[arg(allow_negative_numbers = true)]
+    pub min_p: Option<f32>,
+    /// Divide the score of tokens seen before, prompt included (as HF) [default: 1]
+    #[arg(long, env = "FARM_REPETITION_PENALTY", value_name = "R", value_parser = positive)]
+    #[arg(allow_negative_numbers = true)]
+    pub repetition_penalty: Option<f32>,
+    /// Subtract this from the score of every token seen before, -2 to 2 [default: 0]
+    #[arg(long, env = "FARM_PRESENCE_PENALTY", value_name = "R", value_parser = penalty)]
+    #[arg(allow_negative_numbers = true)]
+    pub presence_penalty: Option<f32>,
+    /// Subtract this for every time that a token was seen before, -2 to 2 [default: 0]
+    #[arg(long, env = "FARM_FREQUENCY_PENALTY", value_name = "R", value_parser = penalty)]
+    #[arg(allow_negative_numbers = true)]
+    pub frequency_penalty: Option<f32>,
+    /// Seed; a record's tokens depend on it and on the record's index alone [default: 0]
+    #[arg(long, env = "FARM_SEED", value_name = "S")]
+    pub seed: Option<u64>,
+    /// End a text before this string; may be given several times
+    #[arg(long, env = "FARM_STOP", value_name = "STR", allow_hyphen_values = true)]
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
+    pub stop: Vec<String>,
+    /// Never stop at an end-of-sequence token
+    #[arg(long, env = "FARM_IGNORE_EOS", value_parser = BoolishValueParser::new())]
+    pub ignore_eos: bool,
+    /// Whether the model's generation_config.json sets sampling defaults
+    #[arg(long, env = "FARM_GENERATION_CONFIG", value_name = "SOURCE", default_value = "model")]
+    pub generation_config: GenerationConfigSource,
+    /// Add each token's log-probability and those of the N best alternatives, 0 to 20
+    #[arg(long, env = "FARM_LOGPROBS", value_name = "N", help_heading = "Output")]
+    #[arg(value_parser = values::logprobs())]
+    pub logprobs: Option<usize>,
+    /// Add the new tokens' ids to each record
+    #[arg(long, env = "FARM_RETURN_TOKEN_IDS", help_heading = "Output")]
+    #[arg(value_parser = BoolishValueParser::new())]
+    pub return_token_ids: bool,
+}
+
+/// Flags of the model and of the batches that it runs.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Model")]
+pub struct ModelArgs {
+    /// Model directory in Hugging Face form (config.json, tokenizer.json, *.safetensors)
+    #[arg(long, env = "FARM_MODEL", value_name = "DIR")]
+    pub model: PathBuf,
+    /// Precision of the weights; auto is the model's own, f32 on CPU
+    #[arg(long, env = "FARM_DTYPE", value_name = "DTYPE", default_value = "auto")]
+    pub dtype: Dtype,
+    /// CPU kernels; auto takes the best that every rank's CPU has
+    #[arg(long, env = "FARM_KERNEL_TIER", value_name = "TIER", default_value = "auto")]
+    pub kernel_tier: KernelTier,
+    /// Most records that a rank works on at once
+    #[arg(long, env = "FARM_MAX_BATCH_SIZE", value_name = "N", default_value_t = 32)]
+    #[arg(value_parser = at_least_one())]
+    pub max_batch_size: usize,
+    /// Longest sequence, prompt and new tokens together [default: the model's context]
+    #[arg(long, env = "FARM_MAX_SEQ_LEN", value_name = "N", value_parser = at_least_one())]
+    pub max_seq_len: Option<usize>,
+    /// Most tokens in one step of the model; longer prompts are taken in chunks
+    #[arg(long, env = "FARM_MAX_BATCHED_TOKENS", value_name = "N", default_value_t = 512)]
+    #[arg(value_parser = at_least_one())]
+    pub max_batched_tokens: usize,
+    /// Memory of a rank's KV cache, as 8GiB [default: from the batch size and free memory]
+    #[arg(long, env = "FARM_KV_CACHE_MEMORY", value_name = "BYTES", value_parser = bytes)]
+    pub kv_cache_memory: Option<u64>,
+}
+
+/// Flags of ranks and threads.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Parallelism")]
+pub struct ParallelismArgs {
+    /// Split every layer over this many ranks, for a model that one rank cannot hold
+    #[arg(long, env = "FARM_TENSOR_PARALLEL", value_name = "N", default_value_t = 1)]
+    #[arg(value_parser = at_least_one())]
+    pub tensor_parallel: usize,
+    /// Run this many ranks as threads of one process, where there is no launcher
+    #[arg(long, env = "FARM_LOCAL_RANKS", value_name = "N", value_parser = at_least_one())]
+    pub local_ranks: Option<usize>,
+    /// Threads of a process [default: its share of the node's CPUs in the job]
+    #[arg(long, env = "FARM_THREADS", value_name = "N", value_parser = at_least_one())]
+    pub threads: Option<usize>,
+}
+
+/// Flags of staging.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Staging")]
+pub struct StagingArgs {
+    /// Node-local directory that receives the model; created where missing
+    #[arg(long, env = "FARM_STAGE_DIR", value_name = "DIR", default_value = DEFAULT_STAGE_DIR)]
+    pub stage_dir: PathBuf,
+    /// Read the model where it lies; no copy (wins over the other staging flags)
+    #[arg(long, env = "FARM_NO_STAGE", value_parser = BoolishValueParser::new())]
+    pub no_stage: bool,
+    /// Leave the copy on the nodes for the next run
+    #[arg(long, env = "FARM_KEEP_STAGED", value_parser = BoolishValueParser::new())]
+    pub keep_staged: bool,
+    /// What to do where the model does not fit into the stage directory
+    #[arg(long, env = "FARM_STAGE_FALLBACK", value_name = "WHAT", default_value = "error")]
+    pub stage_fallback: StageFallback,
+}
+
+/// Flags of the output and the run directory.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Output")]
+pub struct OutputArgs {
+    /// Output JSONL, in input order; FILE.partial grows meanwhile [default: standard output]
+    #[arg(long, env = "FARM_OUTPUT", value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Journal and statistics [default: farm-runs/PROMPTS-KEY beside the output]
+    #[arg(long, env = "FARM_RUN_DIR", value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
+    /// Go on with the run in the run directory; this is the default
+    #[arg(long, env = "FARM_RESUME", value_parser = BoolishValueParser::new())]
+    pub resume: bool,
+    /// Throw away what the run directory holds of this run and start again
+    #[arg(long, env = "FARM_FORCE_NEW", value_parser = BoolishValueParser::new())]
+    #[arg(conflicts_with = "resume")]
+    pub force_new: bool,
+    /// Exit code of a run that a signal or the time limit stopped (for the site's requeueing)
+    #[arg(long, env = "FARM_INTERRUPTED_EXIT_CODE", value_name = "CODE", default_value_t = 75)]
+    #[arg(value_parser = clap::value_parser!(u8).range(1..))]
+    pub interrupted_exit_code: u8,
+}
+
+/// Flags of what is said on stderr.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Output")]
+pub struct LogArgs {
+    /// Print the closing table on stderr even where progress is off
+    #[arg(long, env = "FARM_STATS", value_parser = BoolishValueParser::new())]
+    pub stats: bool,
+    /// Form of the log on stderr; its level is set by FARM_LOG (error, warn, info, debug)
+    #[arg(long, env = "FARM_LOG_FORMAT", value_name = "FORM", default_value = "text")]
+    pub log_format: LogFormat,
+    /// Say nothing but warnings and errors
+    #[arg(long, env = "FARM_QUIET", value_parser = BoolishValueParser::new())]
+    pub quiet: bool,
+    /// Progress on stderr; auto is a bar on a terminal and a line every 30 s elsewhere
+    #[arg(long, env = "FARM_PROGRESS", value_name = "FORM", default_value = "auto")]
+    pub progress: ProgressMode,
+}
+
+impl LogArgs {
+    /// The progress to show: none under `--quiet`.
+    pub fn progress(&self) -> ProgressMode {
+        if self.quiet { ProgressMode::None } else { self.progress }
+    }
+
+    /// Whether the closing table is printed.
+    pub fn closing_table(&self) -> bool {
+        self.stats || self.progress() != ProgressMode::None
+    }
+}
+
+/// Where models are staged unless told otherwise.
+pub const DEFAULT_STAGE_DIR: &str = "/dev/shm";
+
+/// `--prompts-format`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PromptsFormat {
+    /// By the file's ending.
+    Auto,
+    /// One prompt a line.
+    Txt,
+    /// One JSON object a line.
+    Jsonl,
+    /// Comma-separated values with a header.
+    Csv,
+}
+
+/// `--generation-config`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum GenerationConfigSource {
+    /// The model's generation_config.json sets defaults.
+    #[default]
+    Model,
+    /// farm's own defaults alone.
+    #[value(name = "none")]
+    Ignore,
+}
+
+/// `--dtype`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    /// The model's own (f32 on CPU).
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// 16-bit floats.
+    F16,
+}
+
+/// `--kernel-tier`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KernelTier {
+    /// The best that the CPU has.
+    Auto,
+    /// Portable code.
+    Scalar,
+    /// AVX2 and FMA.
+    Avx2,
+    /// AVX-512.
+    Avx512,
+}
+
+/// `--stage-fallback`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum StageFallback {
+    /// Stop with an error.
+    Error,
+    /// Read the model where it lies.
+    InPlace,
+}
+
+/// `--log-format`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// `--progress`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ProgressMode {
+    /// A bar on a terminal, lines elsewhere.
+    Auto,
+    /// A bar.
+    Bar,
+    /// A line every 30 s.
+    Line,
+    /// Nothing.
+    None,
+}
+
+impl Cli {
+    /// Parses this process's arguments. On `--help`, `--version` or a wrong command
+    /// line it prints and leaves (0, or 2 for a usage error); of the ranks that a
+    /// launcher started, only the first one prints.
+    pub fn parse_or_exit() -> Self {
+        let args = with_default_command(std::env::args_os().collect(), |name| {
+            std::env::var_os(name).is_some()
+        });
+        Self::try_parse_from(args).unwrap_or_else(|error| {
+            if slurm::launcher_rank(|name| std::env::var(name).ok()).unwrap_or(0) == 0 {
+                error.exit()
+            }
+            // Launchers end the job at the first bad exit code: let rank 0 print first.
+            std::thread::sleep(Duration::from_millis(500));
+            std::process::exit(error.exit_code())
+        })
+    }
+
+    /// The flags of stderr, for the commands that have them.
+    pub fn log(&self) -> Option<&LogArgs> {
+        match &self.command {
+            Command::Generate(args) => Some(&args.log),
+            Command::Score(args) => Some(&args.log),
+            Command::Stage(args) => Some(&args.log),
+            Command::Report(_) => None,
+        }
+    }
+
+    /// Exit code of a run that was stopped early.
+    pub fn interrupted_exit_code(&self) -> i32 {
+        match &self.command {
+            Command::Generate(args) => args.output.interrupted_exit_code.into(),
+            Command::Score(args) => args.output.interrupted_exit_code.into(),
+            _ => crate::ErrorKind::Interrupted.exit_code(),
+        }
+    }
+}
+
+/// Puts `generate` in front of the flags where no subcommand is named. A bare
+/// `farm` generates where the environment names a prompts file, else it shows help.
+fn with_default_command(
+    mut args: Vec<OsString>,
+    has_variable: impl Fn(&str) -> bool,
+) -> Vec<OsString> {
+    const OWN: [&str; 4] = ["-h", "--help", "-V", "--version"];
+    let generate = match args.get(1) {
+        Some(first) => {
+            first.as_encoded_bytes().starts_with(b"-")
+                && !OWN.iter().any(|own| first == OsStr::new(own))
+        }
+        None => has_variable("FARM_PROMPTS_FILE"),
+    };
+    if generate {
+        args.insert(args.len().min(1), "generate".into());
+    }
+    args
+}

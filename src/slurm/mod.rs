@@ -1,1 +1,15 @@
-//! slurm
+//! The job that farm runs in: what Slurm and the MPI launcher say about it, and
+//! this rank's share of its node's CPUs and memory.
+//!
+//! Everything that decides is a pure function over texts and numbers; thin
+//! wrappers read the environment, `/proc` and `/sys`. Left out: sbatch rendering
+//! and talking to Slurm's commands.
+
+pub mod cgroup;
+pub mod job_env;
+pub mod memory;
+pub mod threads;
+
+pub use job_env::{JobEnv, launcher_local_ranks, launcher_rank};
+pub use memory::{MemoryBudget, memory_for_rank};
+pub use threads::{RankCpus, guess_threads, init_threads, limit_library_threads, threads_for_rank};

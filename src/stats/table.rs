@@ -1,0 +1,241 @@
+//! The closing table, plain text of at most 100 columns.
+
+use std::fmt::Write;
+
+use super::format::{bytes, cell, count, cut, flop, known, memory, percent, plural, rate, seconds};
+use super::{JobStats, RankStats, StageStats};
+
+/// Ranks that the table shows; of a bigger job those with the longest idle tails.
+const RANKS_SHOWN: usize = 16;
+
+/// The whole table, each line ended by a line feed.
+pub fn closing_table(job: &JobStats, ranks: &[RankStats]) -> String {
+    let mut text = String::new();
+    let mut row = |name: &str, value: String| {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "  {name:<14}{}", cut(&value, 84));
+    };
+    let facts = &job.facts;
+    row("records", records(job));
+    row(
+        "tokens",
+        format!("{} prompt, {} generated", count(job.prompt_tokens), count(job.generated_tokens)),
+    );
+    row("tokens/s", token_rates(job));
+    row(
+        "batch",
+        format!(
+            "mean {}, peak {}; {}",
+            known(job.batch_mean, rate),
+            count(job.batch_peak),
+            plural(job.preemptions, "preemption")
+        ),
+    );
+    row(
+        "memory",
+        format!(
+            "weights {} a rank, resident {} (most); read {} GB/s a rank (mean), {} (best step)",
+            known(job.weight_bytes_max, memory),
+            known(job.peak_resident_bytes_max, memory),
+            known(job.gigabytes_per_second_mean, rate),
+            known(job.gigabytes_per_second_peak, rate)
+        ),
+    );
+    row("work", work(job));
+    row("stage", job.stage.as_ref().map_or_else(|| "none, read in place".to_owned(), stage));
+    row("time", times(job));
+    row(
+        "ranks",
+        format!(
+            "busy {} (mean), longest idle tail {} ({})",
+            known(job.busy_share_mean, percent),
+            known(job.idle_tail_seconds_max, seconds),
+            known(job.idle_tail_share_max, percent)
+        ),
+    );
+
+    let head = format!(
+        "farm {}: {} on {} in {}{}\n",
+        facts.command,
+        plural(job.ranks as u64, "rank"),
+        plural(facts.nodes as u64, "node"),
+        seconds(job.total_seconds),
+        if facts.complete { "" } else { ", stopped early; the same command finishes the rest" },
+    );
+    head + &text + &rank_table(ranks)
+}
+
+fn records(job: &JobStats) -> String {
+    let mut text = count(job.records);
+    if let Some(total) = job.facts.records_total {
+        let _ = write!(text, " of {}", count(total));
+    }
+    if job.facts.records_resumed > 0 {
+        let _ = write!(text, " ({} more by earlier attempts)", count(job.facts.records_resumed));
+    }
+    let per_second = known(job.records_per_second, rate);
+    format!("{text}, {} failed; {per_second} records/s", count(job.records_failed))
+}
+
+fn token_rates(job: &JobStats) -> String {
+    format!(
+        "prefill {}, decode {}; generated {} ({} a minute)",
+        known(job.prefill_tokens_per_second, rate),
+        known(job.decode_tokens_per_second, rate),
+        known(job.tokens_per_second, rate),
+        known(job.tokens_per_minute, rate)
+    )
+}
+
+fn work(job: &JobStats) -> String {
+    format!(
+        "{}; {} of weights and {} of KV cache read by steps; {} from disk",
+        flop(job.floating_point_operations),
+        bytes(job.weight_read_bytes as u64),
+        bytes(job.kv_read_bytes as u64),
+        known(job.disk_read_bytes, bytes)
+    )
+}
+
+fn stage(stage: &StageStats) -> String {
+    if stage.reused {
+        let time = seconds(stage.stage_seconds);
+        return format!("reused {} that were there, checked in {time}", bytes(stage.bytes_reused));
+    }
+    format!(
+        "{} read, {} staged, {} reused in {} ({} GB/s)",
+        bytes(stage.bytes_read_source),
+        bytes(stage.bytes_staged),
+        bytes(stage.bytes_reused),
+        seconds(stage.stage_seconds),
+        known(stage.gigabytes_per_second, rate)
+    )
+}
+
+fn times(job: &JobStats) -> String {
+    format!(
+        "start {}, stage {}, load {}, generate {}, total {}",
+        seconds(job.start_seconds),
+        job.stage.as_ref().map_or_else(|| "-".to_owned(), |stage| seconds(stage.stage_seconds)),
+        seconds(job.load_seconds),
+        known(job.generate_seconds, seconds),
+        seconds(job.total_seconds)
+    )
+}
+
+/// A row a rank; records and tokens of a tensor-parallel group stand at its first rank.
+fn rank_table(ranks: &[RankStats]) -> String {
+    let mut shown: Vec<&RankStats> = ranks.iter().collect();
+    if shown.len() > RANKS_SHOWN {
+        shown.sort_by(|a, b| worst_first(a, b));
+        shown.truncate(RANKS_SHOWN);
+        shown.sort_by_key(|rank| rank.rank);
+    }
+    let mut text = format!(
+        "\n  {:>5} {:<18}{:>10}{:>12}{:>9}{:>8}{:>10}{:>7}{:>7}{:>10}\n",
+        "rank", "host", "records", "tokens", "tok/s", "busy", "idle tail", "", "batch", "resident"
+    );
+    for rank in &shown {
+        let led = rank.leads_group();
+        let _ = writeln!(
+            text,
+            "  {:>5} {:<18}{:>10}{:>12}{:>9}{:>8}{:>10}{:>7}{:>7}{:>10}",
+            rank.rank,
+            cut(&rank.host, 17),
+            cell(led.then_some(rank.records), count),
+            cell(led.then_some(rank.generated_tokens), count),
+            cell(rank.decode_tokens_per_second.filter(|_| led), rate),
+            cell(rank.busy_share, percent),
+            cell(rank.idle_tail_seconds, seconds),
+            cell(rank.idle_tail_share, percent),
+            cell(rank.batch_mean, |mean| format!("{mean:.1}")),
+            cell(rank.peak_resident_bytes, memory),
+        );
+    }
+    if ranks.len() > shown.len() {
+        let left_out = count((ranks.len() - shown.len()) as u64);
+        let _ =
+            writeln!(text, "  … and {left_out} ranks with shorter idle tails (all in ranks.csv)");
+    }
+    text
+}
+
+/// Longest idle tail first, then least busy.
+fn worst_first(a: &RankStats, b: &RankStats) -> std::cmp::Ordering {
+    let key =
+        |rank: &RankStats| (-rank.idle_tail_seconds.unwrap_or(0.0), rank.busy_share.unwrap_or(1.0));
+    let (a, b) = (key(a), key(b));
+    a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stats::JobFacts;
+
+    fn rank(rank: usize) -> RankStats {
+        RankStats {
+            rank,
+            host: format!("node{rank:03}.cluster.example.org"),
+            records: 1_234_567,
+            generated_tokens: 1_234_567_890,
+            decode_tokens_per_second: Some(123_456.7),
+            decode_seconds: 1.0,
+            batch_mean: Some(31.97),
+            batch_peak: 32,
+            steps: 9,
+            ready_at_seconds: 1.0,
+            last_work_at_seconds: Some(5000.0 + rank as f64),
+            peak_resident_bytes: Some(123 << 30),
+            total_seconds: 100_000.0,
+            floating_point_operations: 1e21,
+            weight_bytes: Some(140 << 30),
+            ..RankStats::default()
+        }
+    }
+
+    fn facts() -> JobFacts {
+        JobFacts { command: "generate".into(), nodes: 2, complete: true, ..JobFacts::default() }
+    }
+
+    /// A job's log is read in 100 columns.
+    #[test]
+    fn fits_100_columns_with_large_figures_and_many_ranks() {
+        let mut ranks: Vec<_> = (0..40).map(rank).collect();
+        let stage = StageStats::new(140_000_000_000, 5_600_000_000_000, 0, 123.4);
+        let facts =
+            JobFacts { records_total: Some(99_999_999), records_resumed: 12_345, ..facts() };
+        let job = JobStats::new(facts, Some(stage), &mut ranks);
+        let text = closing_table(&job, &ranks);
+        for line in text.lines() {
+            assert!(line.chars().count() <= 100, "{} columns: {line}", line.chars().count());
+            assert!(!line.ends_with('…'), "cut: {line}");
+        }
+        assert!(text.contains("… and 24 ranks with shorter idle tails"), "{text}");
+        // Rank 0 stopped first, rank 39 last.
+        assert!(
+            text.contains("\n      0 node000") && !text.contains("\n     39 node039"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn what_is_not_known_is_not_zero() {
+        let mut ranks = [RankStats { host: "laptop".into(), ..RankStats::default() }];
+        let job = JobStats::new(facts(), None, &mut ranks);
+        let text = closing_table(&job, &ranks);
+        assert!(text.contains("prefill unavailable, decode unavailable"), "{text}");
+        assert!(text.contains("none, read in place"), "{text}");
+        assert!(text.contains("longest idle tail unavailable"), "{text}");
+    }
+
+    #[test]
+    fn a_follower_does_not_repeat_its_groups_records() {
+        let mut ranks = [rank(0), RankStats { tensor_parallel_rank: 1, ..rank(1) }];
+        let job = JobStats::new(facts(), None, &mut ranks);
+        let text = closing_table(&job, &ranks);
+        assert!(text.starts_with("farm generate: 2 ranks on 2 nodes in "), "{text}");
+        assert_eq!(text.matches("1,234,567,890 ").count(), 2, "{text}");
+        assert!(text.lines().last().unwrap().contains(" - "), "{text}");
+    }
+}
