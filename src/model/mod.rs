@@ -1,6 +1,7 @@
 //! Models: configuration, weights, layers, families, and the step they compute.
 
 pub mod batch;
+pub mod tokenizer;
 
 pub use batch::{BatchSequence, LogitsWanted, StepBatch};
 
