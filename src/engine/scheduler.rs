@@ -77,6 +77,7 @@ impl StepPlan {
             num_tokens: chunk.num_tokens,
             block_table,
             logits: chunk.logits,
+            prompt_len: sequence.prompt_len(),
         });
         self.entries.push(PlanEntry { running, chunk, is_decode });
     }

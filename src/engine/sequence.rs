@@ -123,6 +123,11 @@ impl Sequence {
         &self.token_ids
     }
 
+    /// Number of tokens of the prompt alone.
+    pub fn prompt_len(&self) -> usize {
+        self.num_prompt_tokens
+    }
+
     /// Tokens generated so far.
     pub fn output_token_ids(&self) -> &[u32] {
         &self.token_ids[self.num_prompt_tokens..]

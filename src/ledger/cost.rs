@@ -53,7 +53,7 @@ pub fn estimate_cost(record: &RawRecord, default_max_new_tokens: u64, max_seq_le
             Err(_) if serde_json::from_slice::<IgnoredAny>(json).is_ok() => (json.len(), 0),
             Err(_) => (0, 0),
         },
-        RawBody::Bad(_) => (0, 0),
+        RawBody::Bad { .. } => (0, 0),
     };
     let prompt = (num_bytes as f64 / BYTES_A_TOKEN).min(max_seq_len as f64);
     1.0 + prompt * PREFILL_TOKEN_COST + (new_tokens as f64).min(16.0 * max_seq_len as f64)
@@ -62,6 +62,7 @@ pub fn estimate_cost(record: &RawRecord, default_max_new_tokens: u64, max_seq_le
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::prompts::ErrorCode;
 
     fn cost(body: RawBody) -> f64 {
         estimate_cost(&RawRecord { index: 0, line: 1, body }, 100, 1000)
@@ -80,7 +81,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_generated_costs_little() {
-        assert_eq!(cost(RawBody::Bad("row".into())), 1.0);
+        assert_eq!(cost(RawBody::Bad { code: ErrorCode::BadCsv, message: "row".into() }), 1.0);
         assert_eq!(cost(RawBody::Json(b"{oops".to_vec())), 1.0);
         assert!(cost(RawBody::Json(br#"{"max_new_tokens":"many"}"#.to_vec())) < 10.0);
     }

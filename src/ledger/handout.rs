@@ -437,7 +437,7 @@ fn body_bytes(record: &RawRecord) -> usize {
     OVERHEAD
         + match &record.body {
             RawBody::Text(bytes) | RawBody::Json(bytes) => bytes.len(),
-            RawBody::Bad(message) => message.len(),
+            RawBody::Bad { message, .. } => message.len(),
         }
 }
 

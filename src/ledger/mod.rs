@@ -23,6 +23,7 @@ mod link;
 mod output;
 pub mod parts;
 pub mod protocol;
+pub mod record;
 mod run_dir;
 mod run_lock;
 #[cfg(test)]

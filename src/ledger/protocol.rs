@@ -5,6 +5,8 @@
 //! and output lines travel as they are. Every read is checked: a damaged message is
 //! an error, never a panic.
 
+use std::borrow::Cow;
+
 use crate::comm::{Tag, tags};
 use crate::ledger::{Finished, Load};
 use crate::prompts::{RawBody, RawRecord};
@@ -108,14 +110,16 @@ impl Order {
                 out.u64(records.len() as u64);
                 for record in records {
                     let (kind, body) = match &record.body {
-                        RawBody::Text(bytes) => (TEXT, bytes.as_slice()),
-                        RawBody::Json(bytes) => (JSON, bytes.as_slice()),
-                        RawBody::Bad(message) => (BAD, message.as_bytes()),
+                        RawBody::Text(bytes) => (TEXT, Cow::Borrowed(bytes.as_slice())),
+                        RawBody::Json(bytes) => (JSON, Cow::Borrowed(bytes.as_slice())),
+                        RawBody::Bad { code, message } => {
+                            (BAD, Cow::Owned(serde_json::json!([code, message]).to_string().into()))
+                        }
                     };
                     out.u64(record.index);
                     out.u64(record.line);
                     out.u8(kind);
-                    out.bytes(body);
+                    out.bytes(&body);
                 }
             }
         }
@@ -136,7 +140,11 @@ impl Order {
                     let body = match kind {
                         TEXT => RawBody::Text(body),
                         JSON => RawBody::Json(body),
-                        BAD => RawBody::Bad(String::from_utf8(body).map_err(|_| damaged())?),
+                        BAD => {
+                            let (code, message) =
+                                serde_json::from_slice(&body).map_err(|_| damaged())?;
+                            RawBody::Bad { code, message }
+                        }
                         _ => return Err(damaged()),
                     };
                     records.push(RawRecord { index, line, body });
@@ -212,6 +220,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::prompts::ErrorCode;
 
     fn bytes() -> impl Strategy<Value = Vec<u8>> {
         prop::collection::vec(any::<u8>(), 0..40)
@@ -221,7 +230,7 @@ mod tests {
         prop_oneof![
             bytes().prop_map(RawBody::Text),
             bytes().prop_map(RawBody::Json),
-            ".{0,20}".prop_map(RawBody::Bad),
+            ".{0,20}".prop_map(|message| RawBody::Bad { code: ErrorCode::BadCsv, message }),
         ]
     }
 

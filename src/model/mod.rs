@@ -9,6 +9,7 @@ pub mod ops;
 pub mod rope;
 pub mod runner;
 pub mod source;
+pub mod tokenizer;
 pub mod weights;
 
 pub use batch::{BatchSequence, LogitsWanted, StepBatch};

@@ -1,6 +1,35 @@
-//! From a prompts file to [`Request`]s.
+//! From a prompts file to token ids: what rank 0 reads ([`reader`]), and what every
+//! rank makes of it ([`request`], [`chat_template`], [`prepare`]).
+//!
+//! Rank 0 streams [`RawRecord`]s and hands them out unparsed; the rank that
+//! generates a record parses it into a [`Request`], renders its messages and
+//! tokenizes. A bad record becomes a [`RecordError`] and harms no other.
+//! Left out: what is written ([`crate::ledger::record`]).
 
-use serde_json::{Map, Value};
+pub mod chat_template;
+mod csv_rows;
+pub mod error;
+pub mod generation_config;
+pub mod identity;
+mod jinja_values;
+mod lines;
+mod openai;
+pub mod overrides;
+pub mod prepare;
+mod raw_json;
+pub mod reader;
+pub mod request;
+mod strftime;
+
+pub use chat_template::ChatTemplate;
+pub use error::{ErrorCode, Problem, RecordError};
+pub use generation_config::{GenerationConfig, SamplingFlags};
+pub use identity::{InputIdentity, spool_stdin};
+pub use prepare::{Prepared, Preparer};
+pub use reader::{PromptFormat, PromptReader, ReadOptions};
+pub use request::{Defaults, parse};
+
+use serde_json::Value;
 
 use crate::engine::SamplingParams;
 
@@ -24,7 +53,12 @@ pub enum RawBody {
     /// A JSON line, maybe not valid.
     Json(Vec<u8>),
     /// The reader could not make a record of it (a malformed CSV row, say).
-    Bad(String),
+    Bad {
+        /// Why, as the output will say it.
+        code: ErrorCode,
+        /// The same for people.
+        message: String,
+    },
 }
 
 /// What is to be continued.
@@ -32,7 +66,8 @@ pub enum RawBody {
 pub enum Prompt {
     /// Raw text; the tokenizer adds its own special tokens.
     Text(String),
-    /// Chat messages for the model's template.
+    /// Chat messages for the model's template: objects with a string `role` and a
+    /// string `content`; other fields are as the record had them.
     Messages(Vec<Value>),
     /// Already tokenized.
     TokenIds(Vec<u32>),
@@ -45,14 +80,25 @@ pub struct Request {
     pub index: u64,
     /// See [`RawRecord::line`].
     pub line: u64,
-    /// The record's own id, else its index.
+    /// The record's own id (OpenAI's `custom_id`), else its index.
     pub id: String,
     /// What to continue.
     pub prompt: Prompt,
     /// Resolved sampling parameters.
     pub params: SamplingParams,
-    /// Fields that travel untouched to the output.
-    pub metadata: Map<String, Value>,
-    /// Whether the answer takes OpenAI's batch form (and the request's url).
-    pub openai_url: Option<String>,
+    /// Fields that travel untouched to the output: a JSON object on one line, spelled
+    /// exactly as in the record (numbers of any size, the order, escapes); `None` if
+    /// there are none.
+    pub metadata: Option<String>,
+    /// Set if the answer takes OpenAI's batch form: what was asked for.
+    pub openai: Option<OpenAiEndpoint>,
+}
+
+/// The requests of OpenAI's batch files that farm answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OpenAiEndpoint {
+    /// `/v1/chat/completions`
+    ChatCompletions,
+    /// `/v1/completions`
+    Completions,
 }

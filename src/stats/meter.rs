@@ -250,6 +250,7 @@ mod tests {
             num_tokens,
             block_table: Vec::new(),
             logits: LogitsWanted::Last,
+            prompt_len: num_tokens,
         }
     }
 
