@@ -61,8 +61,10 @@ fn conform() {
                 println!("{name}: {:?}", started.elapsed());
             }
         }
-        let nodes = comm.split_shared_memory();
-        assert_eq!(nodes.size(), comm.size(), "all ranks of this test share a node");
+        // Under mpirun the launcher says how many ranks share this node.
+        let expected = std::env::var("OMPI_COMM_WORLD_LOCAL_SIZE").ok();
+        let node = comm.split_shared_memory();
+        assert!(expected.is_none_or(|size| size == node.size().to_string()));
     }
     println!("rank {} conforms", mpi.comm().rank());
 }

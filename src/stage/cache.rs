@@ -158,11 +158,24 @@ impl Drop for Lease {
 /// Removes what dead jobs left: half-written copies, and whole ones that were not to be
 /// kept and that nobody uses; not those of `except`. Returns the names of the copies.
 pub fn collect(cache: &Path, except: &str) -> Result<Vec<String>> {
+    remove_unused(cache, |name| name != except, |name| cache.join(format!("{name}.keep")).exists())
+}
+
+/// Removes all copies that nobody uses, kept ones too. Returns their names.
+pub fn clear(cache: &Path) -> Result<Vec<String>> {
+    remove_unused(cache, |_| true, |_| false)
+}
+
+fn remove_unused(
+    cache: &Path,
+    is_meant: impl Fn(&str) -> bool,
+    is_kept: impl Fn(&str) -> bool,
+) -> Result<Vec<String>> {
     let io = |error| Error::io(cache, error);
-    let mut collected = Vec::new();
+    let mut removed = Vec::new();
     for entry in fs::read_dir(cache).map_err(io)? {
         let file = entry.map_err(io)?.file_name().to_string_lossy().into_owned();
-        let Some(name) = file.strip_suffix(".lock").filter(|name| *name != except) else {
+        let Some(name) = file.strip_suffix(".lock").filter(|name| is_meant(name)) else {
             continue;
         };
         let path = cache.join(&file);
@@ -172,14 +185,14 @@ pub fn collect(cache: &Path, except: &str) -> Result<Vec<String>> {
         {
             continue;
         }
-        if cache.join(format!("{name}.keep")).exists() {
+        if is_kept(name) {
             remove_dir(&cache.join(format!("{name}.partial")))?;
         } else {
             remove_copy(cache, name)?;
-            collected.push(name.to_owned());
+            removed.push(name.to_owned());
         }
     }
-    Ok(collected)
+    Ok(removed)
 }
 
 /// Removes all of a copy; the caller holds its `.lock` alone. The lock file goes last:
@@ -299,6 +312,8 @@ mod tests {
         assert!(complete.exists());
         assert!(collect(&cache, "").unwrap().is_empty());
         assert!(complete.exists());
+        assert_eq!(clear(&cache).unwrap(), ["m"]);
+        assert_eq!(names(&cache), Vec::<String>::new());
     }
 
     #[test]

@@ -22,10 +22,10 @@ pub fn free_space(directory: &Path) -> Result<Space> {
     };
     if MEMORY_FILE_SYSTEMS.contains(&(in_memory as u64)) {
         let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-        if let Some(memory) = cgroup_space(&groups, Path::new("/sys/fs/cgroup")) {
-            if memory.free_bytes < space.free_bytes {
-                space = memory;
-            }
+        if let Some(memory) = cgroup_space(&groups, Path::new("/sys/fs/cgroup"))
+            && memory.free_bytes < space.free_bytes
+        {
+            space = memory;
         }
     }
     Ok(space)
