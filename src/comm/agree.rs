@@ -8,7 +8,7 @@ use crate::{Error, Result};
 /// What a rank that failed tells the others.
 #[derive(Serialize, Deserialize)]
 struct Failure {
-    host: String,
+    who: String,
     error: Error,
 }
 
@@ -16,12 +16,24 @@ struct Failure {
 /// the lowest failing rank, with its rank and host and the number of ranks that failed.
 /// Every rank returns it, so that all leave alike; rank 0 prints it. Collective.
 pub fn agree<T>(comm: &dyn Communicator, result: Result<T>) -> Result<T> {
+    agree_as(comm, comm.rank(), result)
+}
+
+/// [`agree`] in a group whose members are known to the user by their `world_rank`.
+pub(crate) fn agree_as<T>(
+    comm: &dyn Communicator,
+    world_rank: usize,
+    result: Result<T>,
+) -> Result<T> {
     if comm.size() == 1 {
         return result;
     }
     let mine = match &result {
         Ok(_) => Vec::new(),
-        Err(error) => encode(&Failure { host: comm.host().to_owned(), error: error.clone() }),
+        Err(error) => encode(&Failure {
+            who: format!("rank {world_rank} on {}", comm.host()),
+            error: error.clone(),
+        }),
     };
     let verdict = comm
         .gather(0, &mine)
@@ -36,24 +48,24 @@ pub fn agree<T>(comm: &dyn Communicator, result: Result<T>) -> Result<T> {
 
 /// The one error that `reports` (a rank each, empty if it is fine) amount to.
 fn verdict(reports: &[Vec<u8>]) -> Option<Error> {
-    let failures: Vec<(usize, Failure)> = reports
+    let failures: Vec<Failure> = reports
         .iter()
         .enumerate()
         .filter(|(_, report)| !report.is_empty())
         .map(|(rank, report)| {
             let unknown =
-                |reason| Failure { host: "unknown host".into(), error: unreadable(reason) };
-            (rank, decode(report).unwrap_or_else(unknown))
+                |reason| Failure { who: format!("rank {rank}"), error: unreadable(reason) };
+            decode(report).unwrap_or_else(unknown)
         })
         .collect();
-    let (rank, first) = failures.first()?;
+    let first = failures.first()?;
     let ranks = reports.len();
     // What fails alike everywhere is no matter of one rank.
-    let alike = failures.iter().all(|(_, failure)| failure.error == first.error);
+    let alike = failures.iter().all(|failure| failure.error == first.error);
     if failures.len() == ranks && alike {
         return Some(first.error.clone());
     }
-    let mut error = first.error.clone().context(format!("rank {rank} on {}", first.host));
+    let mut error = first.error.clone().context(&first.who);
     if failures.len() > 1 {
         error.message += &format!(" ({} of {ranks} ranks failed)", failures.len());
     }
@@ -76,29 +88,32 @@ fn unreadable(reason: String) -> Error {
 mod tests {
     use super::*;
 
-    fn report(host: &str, error: Option<Error>) -> Vec<u8> {
-        error.map_or_else(Vec::new, |error| encode(&Failure { host: host.into(), error }))
+    fn report(who: &str, error: Option<Error>) -> Vec<u8> {
+        error.map_or_else(Vec::new, |error| encode(&Failure { who: who.into(), error }))
     }
 
     #[test]
     fn the_lowest_failing_rank_speaks_for_all() {
-        let fine = report("n0", None);
-        let disk = |host| report(host, Some(Error::fault("disk full")));
+        let fine = report("rank 0 on n0", None);
+        let disk = |who| report(who, Some(Error::fault("disk full")));
         let text = |reports: &[Vec<u8>]| verdict(reports).map(|error| error.message);
         assert_eq!(text(&[fine.clone(), fine.clone()]), None);
         assert_eq!(
-            text(&[fine.clone(), disk("n1"), fine.clone()]).as_deref(),
+            text(&[fine.clone(), disk("rank 1 on n1"), fine.clone()]).as_deref(),
             Some("rank 1 on n1: disk full")
         );
         assert_eq!(
-            text(&[fine, disk("n1"), disk("n2")]).as_deref(),
+            text(&[fine, disk("rank 1 on n1"), disk("rank 2 on n2")]).as_deref(),
             Some("rank 1 on n1: disk full (2 of 3 ranks failed)")
         );
     }
 
     #[test]
     fn a_failure_shared_by_all_names_no_rank_and_keeps_its_kind() {
-        let missing = |host| report(host, Some(Error::input("no such model")));
-        assert_eq!(verdict(&[missing("n0"), missing("n1")]), Some(Error::input("no such model")));
+        let missing = |who| report(who, Some(Error::input("no such model")));
+        assert_eq!(
+            verdict(&[missing("rank 0 on n0"), missing("rank 1 on n1")]),
+            Some(Error::input("no such model"))
+        );
     }
 }

@@ -16,19 +16,21 @@ const FAILURE_POLL: Duration = Duration::from_millis(50);
 /// microseconds, and waking a thread costs more than that.
 const POLLS_BEFORE_SLEEP: usize = 64;
 
-/// Messages that wait for one rank, in order of arrival for each tag.
+/// Messages and their senders, in order of arrival for each tag.
+type Waiting = HashMap<Tag, VecDeque<(usize, Vec<u8>)>>;
+/// Groups being made by a split: (number of the split, color) → the group and how many
+/// of its members have yet to fetch it.
+type Splits = HashMap<(u64, usize), (Arc<Group>, usize)>;
+
+/// Messages that wait for one rank.
 #[derive(Default)]
 struct Mailbox {
-    waiting: Mutex<HashMap<Tag, VecDeque<(usize, Vec<u8>)>>>,
+    waiting: Mutex<Waiting>,
     arrived: Condvar,
 }
 
 impl Mailbox {
-    fn take(
-        waiting: &mut HashMap<Tag, VecDeque<(usize, Vec<u8>)>>,
-        from: Option<usize>,
-        tag: Tag,
-    ) -> Option<(usize, Vec<u8>)> {
+    fn take(waiting: &mut Waiting, from: Option<usize>, tag: Tag) -> Option<(usize, Vec<u8>)> {
         let queue = waiting.get_mut(&tag)?;
         let place = queue.iter().position(|&(sender, _)| from.is_none_or(|from| from == sender))?;
         queue.remove(place)
@@ -43,9 +45,7 @@ struct Group {
     hosts: Vec<String>,
     mailboxes: Vec<Mailbox>,
     failure: Failure,
-    /// Groups being made by a split: (number of the split, color) → the group and how
-    /// many of its members have yet to fetch it.
-    splits: Mutex<HashMap<(u64, usize), (Arc<Group>, usize)>>,
+    splits: Mutex<Splits>,
 }
 
 impl Group {

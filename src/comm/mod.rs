@@ -22,6 +22,7 @@ mod tensor;
 mod topology;
 
 pub use agree::agree;
+pub(crate) use agree::agree_as;
 pub use launch::{Launch, LaunchKind, World, world};
 pub use local::LocalComm;
 #[cfg(feature = "mpi")]

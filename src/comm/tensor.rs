@@ -103,7 +103,7 @@ impl HostTensorComm {
         let (_, received) = self.comm.recv(Some(peer), tags::TENSOR);
         assert_eq!(
             received.len(),
-            values.len() * size_of::<f32>(),
+            size_of_val(values),
             "tensor-parallel ranks {} and {peer} are not at the same sum",
             self.comm.rank()
         );

@@ -1,0 +1,267 @@
+//! Staging over simulated nodes: a temporary directory stands for each node's memory.
+
+use std::fs;
+use std::path::Path;
+
+use super::*;
+use crate::comm::LocalComm;
+
+const CHUNK: usize = 1000;
+/// Two shards and two small files.
+const SHARD_BYTES: usize = 12_345;
+
+fn model() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let shard = |seed: usize| -> Vec<u8> {
+        (0..SHARD_BYTES).map(|index| (index * seed >> 3) as u8).collect()
+    };
+    let index = r#"{"weight_map":{"a":"m-1.safetensors","b":"m-2.safetensors"}}"#;
+    fs::write(dir.path().join("m-1.safetensors"), shard(7)).unwrap();
+    fs::write(dir.path().join("m-2.safetensors"), shard(11)).unwrap();
+    fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
+    fs::write(dir.path().join("config.json"), "{}").unwrap();
+    dir
+}
+
+fn nodes(count: usize) -> Vec<tempfile::TempDir> {
+    (0..count).map(|_| tempfile::tempdir().unwrap()).collect()
+}
+
+/// Runs `body` with what staging gave each rank, two ranks a node, before it is dropped.
+fn staged<T: Send>(
+    model: &Path,
+    nodes: &[tempfile::TempDir],
+    change: impl Fn(usize, &mut StageOptions) + Sync,
+    body: impl Fn(&Topology, Result<Staged>) -> T + Sync,
+) -> Vec<T> {
+    LocalComm::run_with_nodes(nodes.len() * 2, 2, |world| {
+        let topology = Topology::new(world, 1).unwrap();
+        let mut options = StageOptions::new(model, nodes[topology.node_index].path());
+        options.chunk_bytes = CHUNK;
+        change(topology.node_index, &mut options);
+        body(&topology, stage(&topology, &options))
+    })
+}
+
+fn keep(_: usize, options: &mut StageOptions) {
+    options.keep = true;
+}
+
+/// Stages and keeps; returns the report and where each node's copy is.
+fn stage_and_keep(model: &Path, nodes: &[tempfile::TempDir]) -> (StageReport, Vec<PathBuf>) {
+    let all = staged(model, nodes, keep, |_, staged| {
+        let staged = staged.unwrap();
+        assert_same_files(model, &staged.model_path);
+        (staged.report.clone(), staged.model_path.clone())
+    });
+    let paths = all.iter().step_by(2).map(|(_, path)| path.clone()).collect();
+    (all[0].0.clone(), paths)
+}
+
+fn assert_same_files(model: &Path, copy: &Path) {
+    for file in Manifest::read(model).unwrap().files {
+        assert!(
+            fs::read(model.join(&file.path)).unwrap() == fs::read(copy.join(&file.path)).unwrap(),
+            "{} differs",
+            file.path
+        );
+    }
+}
+
+fn is_empty(node: &tempfile::TempDir) -> bool {
+    fs::read_dir(node.path())
+        .unwrap()
+        .all(|cache| fs::read_dir(cache.unwrap().path()).unwrap().next().is_none())
+}
+
+fn flip_byte(path: &Path, at: usize) {
+    let mut data = fs::read(path).unwrap();
+    data[at] ^= 1;
+    fs::write(path, data).unwrap();
+}
+
+#[test]
+fn the_model_is_read_once_and_on_every_node_until_the_end() {
+    for count in [1, 2, 4] {
+        let (model, nodes) = (model(), nodes(count));
+        let reports = staged(
+            model.path(),
+            &nodes,
+            |_, _| {},
+            |topology, staged| {
+                let staged = staged.unwrap();
+                assert!(staged.model_path.starts_with(nodes[topology.node_index].path()));
+                assert_same_files(model.path(), &staged.model_path);
+                let report = staged.report.clone();
+                staged.finish(topology);
+                report
+            },
+        );
+        let bytes = Manifest::read(model.path()).unwrap().bytes();
+        assert_eq!(reports[0].bytes_read_source, bytes);
+        assert_eq!(reports[0].bytes_staged, bytes * count as u64);
+        assert!(reports.iter().all(|report| *report == reports[0]));
+        assert!(nodes.iter().all(is_empty), "something was left staged");
+    }
+}
+
+#[test]
+fn a_second_run_reads_nothing_and_new_nodes_are_seeded_by_a_warm_one() {
+    let (model, mut nodes) = (model(), nodes(2));
+    let bytes = stage_and_keep(model.path(), &nodes).0.model_bytes;
+    let (again, _) = stage_and_keep(model.path(), &nodes);
+    assert!(again.reused);
+    assert_eq!((again.bytes_read_source, again.bytes_reused), (0, 2 * bytes));
+    // A cold node at the place of node 0.
+    nodes.insert(0, tempfile::tempdir().unwrap());
+    let (seeded, _) = stage_and_keep(model.path(), &nodes);
+    assert_eq!((seeded.bytes_read_source, seeded.bytes_staged), (0, bytes));
+}
+
+#[test]
+fn a_flipped_byte_is_found_and_only_its_chunk_is_sent_again() {
+    let (model, nodes) = (model(), nodes(2));
+    let (_, copies) = stage_and_keep(model.path(), &nodes);
+    flip_byte(&copies[1].join("m-1.safetensors"), 5 * CHUNK + 3);
+    let (mended, _) = stage_and_keep(model.path(), &nodes);
+    assert_eq!((mended.bytes_read_source, mended.bytes_staged), (0, CHUNK as u64));
+    // On all nodes the same chunk: only the model itself has it.
+    for copy in &copies {
+        flip_byte(&copy.join("m-2.safetensors"), 0);
+    }
+    let (mended, _) = stage_and_keep(model.path(), &nodes);
+    assert_eq!((mended.bytes_read_source, mended.bytes_staged), (CHUNK as u64, 2 * CHUNK as u64));
+}
+
+#[test]
+fn a_copy_without_a_sound_record_or_with_a_file_cut_short_is_replaced() {
+    let (model, nodes) = (model(), nodes(2));
+    let (first, copies) = stage_and_keep(model.path(), &nodes);
+    let record = copies[0].join("manifest.json");
+    let middle = fs::read(&record).unwrap().len() / 2;
+    flip_byte(&record, middle);
+    fs::write(copies[1].join("m-1.safetensors"), "short").unwrap();
+    let (again, _) = stage_and_keep(model.path(), &nodes);
+    assert_eq!(again.bytes_staged, first.bytes_staged);
+    assert_eq!(again.bytes_read_source, first.model_bytes);
+}
+
+#[test]
+fn what_a_killed_job_left_is_neither_trusted_nor_left() {
+    let (model, nodes) = (model(), nodes(1));
+    let cache = cache::open_cache(nodes[0].path()).unwrap();
+    let name = Manifest::read(model.path()).unwrap().copy_name();
+    for left in
+        [format!("{name}.partial"), "other-model.partial".to_owned(), "other-model".to_owned()]
+    {
+        fs::create_dir(cache.join(&left)).unwrap();
+        fs::write(cache.join(&left).join("config.json"), "not the model's").unwrap();
+    }
+    fs::write(cache.join("other-model.lock"), "").unwrap();
+    staged(
+        model.path(),
+        &nodes,
+        |_, _| {},
+        |topology, staged| {
+            let staged = staged.unwrap();
+            assert_same_files(model.path(), &staged.model_path);
+            staged.finish(topology);
+        },
+    );
+    assert!(is_empty(&nodes[0]));
+}
+
+#[test]
+fn two_jobs_on_the_same_nodes_share_one_copy() {
+    let (model, nodes) = (model(), nodes(2));
+    let reports = std::thread::scope(|scope| {
+        let job = || {
+            let run = |topology: &Topology, staged: Result<Staged>| {
+                let staged = staged.unwrap();
+                assert_same_files(model.path(), &staged.model_path);
+                let report = staged.report.clone();
+                staged.finish(topology);
+                report
+            };
+            staged(model.path(), &nodes, |_, _| {}, run)[0].clone()
+        };
+        let jobs: Vec<_> = (0..3).map(|_| scope.spawn(job)).collect();
+        jobs.into_iter().map(|job| job.join().unwrap()).collect::<Vec<_>>()
+    });
+    assert!(reports.iter().any(|report| !report.reused));
+    assert!(nodes.iter().all(is_empty), "something was left staged");
+}
+
+#[test]
+fn a_model_cut_short_while_it_is_read_stops_all_with_its_name() {
+    let (model, nodes) = (model(), nodes(3));
+    // The manifest is of the whole file; the reader finds less.
+    let manifest = Manifest::read(model.path()).unwrap();
+    fs::write(model.path().join("m-2.safetensors"), vec![0; CHUNK * 3 + 1]).unwrap();
+    let errors = LocalComm::run_with_nodes(3, 1, |world| {
+        let mut options = StageOptions::new(model.path(), nodes[world.rank()].path());
+        options.chunk_bytes = CHUNK;
+        let leader =
+            Leader { leaders: &*world, world: &*world, manifest: &manifest, options: &options };
+        leader.stage().unwrap_err().message
+    });
+    assert!(errors[0].contains("rank 0 on node0") && errors[0].contains("m-2.safetensors"));
+    assert!(errors.iter().all(|error| *error == errors[0]));
+    assert!(nodes.iter().all(is_empty), "something was left staged");
+}
+
+#[test]
+fn a_missing_model_is_one_input_error_for_all() {
+    let errors =
+        staged(Path::new("/no/such/model"), &nodes(2), |_, _| {}, |_, staged| staged.unwrap_err());
+    assert_eq!(errors[0].kind, crate::ErrorKind::Input);
+    assert!(!errors[0].message.contains("rank"), "{}", errors[0]);
+    assert!(errors.iter().all(|error| *error == errors[0]));
+}
+
+/// A stage directory that cannot be made: a file is in its place.
+fn no_stage_dir_on_node_1(node: usize, options: &mut StageOptions) {
+    if node == 1 {
+        options.stage_dir = options.model.join("config.json/below-a-file");
+    }
+}
+
+#[test]
+fn a_node_that_cannot_take_a_copy_is_an_error_or_reads_in_place() {
+    let (model, nodes) = (model(), nodes(3));
+    let errors =
+        staged(model.path(), &nodes, no_stage_dir_on_node_1, |_, staged| staged.unwrap_err());
+    assert!(errors[5].message.contains("node1") && errors[5].message.contains("--stage-fallback"));
+    let paths = staged(
+        model.path(),
+        &nodes,
+        |node, options| {
+            options.fallback = StageFallback::InPlace;
+            no_stage_dir_on_node_1(node, options);
+        },
+        |topology, staged| {
+            let staged = staged.unwrap();
+            assert!(staged.report.in_place.as_ref().unwrap().contains("node1"));
+            let in_place = staged.model_path == model.path();
+            staged.finish(topology);
+            in_place
+        },
+    );
+    assert_eq!(paths, [false, false, true, true, false, false]);
+}
+
+#[test]
+fn no_stage_reads_the_model_where_it_is() {
+    let (model, nodes) = (model(), nodes(1));
+    staged(
+        model.path(),
+        &nodes,
+        |_, options| options.no_stage = true,
+        |_, staged| {
+            let staged = staged.unwrap();
+            assert_eq!(staged.model_path, model.path());
+            assert_eq!(staged.report.bytes_staged, 0);
+        },
+    );
+    assert!(is_empty(&nodes[0]));
+}
