@@ -13,16 +13,21 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use clap::builder::{BoolishValueParser, NonEmptyStringValueParser};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::slurm;
 
+mod choices;
 mod text;
 pub mod values;
 
 #[cfg(test)]
 mod tests;
 
+pub use choices::{
+    Dtype, GenerationConfigSource, KernelTier, LogFormat, ProgressMode, PromptsFormat,
+    StageFallback,
+};
 use values::{at_least_one, bytes, fraction, non_negative, nucleus_mass, penalty, positive};
 
 /// The `--version` text: which optional parts this binary was built with.
@@ -33,8 +38,8 @@ static VERSION: LazyLock<String> = LazyLock::new(text::version);
 /// Stages a model to every node's memory, shards a prompts file over ranks,
 /// generates with continuous batching and gathers ordered JSONL and statistics
 /// at rank 0. Without a subcommand farm generates; `farm generate --help` lists
-/// its flags. Every flag has an environment twin FARM_…, so that a modulefile or
-/// a job script can set defaults.
+/// its flags. Every flag has an environment twin, so that a modulefile or a job
+/// script can set defaults: FARM_MAX_NEW_TOKENS for --max-new-tokens.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "farm", version = VERSION.as_str(), after_help = text::EXAMPLES)]
 #[command(after_long_help = text::examples_and_exit_codes())]
@@ -77,10 +82,13 @@ pub struct GenerateArgs {
     /// Where the model is staged.
     #[command(flatten)]
     pub staging: StagingArgs,
+    /// What a record holds besides its text.
+    #[command(flatten)]
+    pub record: RecordArgs,
     /// Where records go.
     #[command(flatten)]
     pub output: OutputArgs,
-    /// What is said on stderr.
+    /// The log on stderr.
     #[command(flatten)]
     pub log: LogArgs,
 }
@@ -103,7 +111,7 @@ pub struct ScoreArgs {
     /// Where records go.
     #[command(flatten)]
     pub output: OutputArgs,
-    /// What is said on stderr.
+    /// The log on stderr.
     #[command(flatten)]
     pub log: LogArgs,
 }
@@ -118,7 +126,7 @@ pub struct StageCommandArgs {
     #[arg(long, env = "FARM_STAGE_DIR", value_name = "DIR", help_heading = "Staging")]
     #[arg(default_value = DEFAULT_STAGE_DIR)]
     pub stage_dir: PathBuf,
-    /// What is said on stderr.
+    /// The log on stderr.
     #[command(flatten)]
     pub log: LogArgs,
 }
@@ -203,12 +211,18 @@ pub struct SamplingArgs {
     /// Whether the model's generation_config.json sets sampling defaults
     #[arg(long, env = "FARM_GENERATION_CONFIG", value_name = "SOURCE", default_value = "model")]
     pub generation_config: GenerationConfigSource,
+}
+
+/// Flags of what a generated record holds besides its text.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Output")]
+pub struct RecordArgs {
     /// Add each token's log-probability and those of the N best alternatives, 0 to 20
-    #[arg(long, env = "FARM_LOGPROBS", value_name = "N", help_heading = "Output")]
+    #[arg(long, env = "FARM_LOGPROBS", value_name = "N")]
     #[arg(value_parser = values::logprobs())]
     pub logprobs: Option<usize>,
     /// Add the new tokens' ids to each record
-    #[arg(long, env = "FARM_RETURN_TOKEN_IDS", help_heading = "Output")]
+    #[arg(long, env = "FARM_RETURN_TOKEN_IDS")]
     #[arg(value_parser = BoolishValueParser::new())]
     pub return_token_ids: bool,
 }
@@ -276,7 +290,7 @@ pub struct StagingArgs {
     pub stage_fallback: StageFallback,
 }
 
-/// Flags of the output and the run directory.
+/// Flags of the output, the run directory and what is shown of the run.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Output")]
 pub struct OutputArgs {
@@ -297,121 +311,40 @@ pub struct OutputArgs {
     #[arg(long, env = "FARM_INTERRUPTED_EXIT_CODE", value_name = "CODE", default_value_t = 75)]
     #[arg(value_parser = clap::value_parser!(u8).range(1..))]
     pub interrupted_exit_code: u8,
-}
-
-/// Flags of what is said on stderr.
-#[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "Output")]
-pub struct LogArgs {
     /// Print the closing table on stderr even where progress is off
     #[arg(long, env = "FARM_STATS", value_parser = BoolishValueParser::new())]
     pub stats: bool,
+    /// Progress on stderr; auto is a bar on a terminal and a line every 30 s elsewhere
+    #[arg(long, env = "FARM_PROGRESS", value_name = "FORM", default_value = "auto")]
+    pub progress: ProgressMode,
+}
+
+/// Flags of the log.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Output")]
+pub struct LogArgs {
     /// Form of the log on stderr; its level is set by FARM_LOG (error, warn, info, debug)
     #[arg(long, env = "FARM_LOG_FORMAT", value_name = "FORM", default_value = "text")]
     pub log_format: LogFormat,
     /// Say nothing but warnings and errors
     #[arg(long, env = "FARM_QUIET", value_parser = BoolishValueParser::new())]
     pub quiet: bool,
-    /// Progress on stderr; auto is a bar on a terminal and a line every 30 s elsewhere
-    #[arg(long, env = "FARM_PROGRESS", value_name = "FORM", default_value = "auto")]
-    pub progress: ProgressMode,
 }
 
-impl LogArgs {
+impl OutputArgs {
     /// The progress to show: none under `--quiet`.
-    pub fn progress(&self) -> ProgressMode {
-        if self.quiet { ProgressMode::None } else { self.progress }
+    pub fn progress(&self, log: &LogArgs) -> ProgressMode {
+        if log.quiet { ProgressMode::None } else { self.progress }
     }
 
     /// Whether the closing table is printed.
-    pub fn closing_table(&self) -> bool {
-        self.stats || self.progress() != ProgressMode::None
+    pub fn closing_table(&self, log: &LogArgs) -> bool {
+        self.stats || self.progress(log) != ProgressMode::None
     }
 }
 
 /// Where models are staged unless told otherwise.
 pub const DEFAULT_STAGE_DIR: &str = "/dev/shm";
-
-/// `--prompts-format`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum PromptsFormat {
-    /// By the file's ending.
-    Auto,
-    /// One prompt a line.
-    Txt,
-    /// One JSON object a line.
-    Jsonl,
-    /// Comma-separated values with a header.
-    Csv,
-}
-
-/// `--generation-config`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
-pub enum GenerationConfigSource {
-    /// The model's generation_config.json sets defaults.
-    #[default]
-    Model,
-    /// farm's own defaults alone.
-    #[value(name = "none")]
-    Ignore,
-}
-
-/// `--dtype`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Dtype {
-    /// The model's own (f32 on CPU).
-    Auto,
-    /// 32-bit floats.
-    F32,
-    /// bfloat16.
-    Bf16,
-    /// 16-bit floats.
-    F16,
-}
-
-/// `--kernel-tier`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum KernelTier {
-    /// The best that the CPU has.
-    Auto,
-    /// Portable code.
-    Scalar,
-    /// AVX2 and FMA.
-    Avx2,
-    /// AVX-512.
-    Avx512,
-}
-
-/// `--stage-fallback`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum StageFallback {
-    /// Stop with an error.
-    Error,
-    /// Read the model where it lies.
-    InPlace,
-}
-
-/// `--log-format`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    /// Lines for people.
-    Text,
-    /// One JSON object a line.
-    Json,
-}
-
-/// `--progress`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum ProgressMode {
-    /// A bar on a terminal, lines elsewhere.
-    Auto,
-    /// A bar.
-    Bar,
-    /// A line every 30 s.
-    Line,
-    /// Nothing.
-    None,
-}
 
 impl Cli {
     /// Parses this process's arguments. On `--help`, `--version` or a wrong command
@@ -421,7 +354,7 @@ impl Cli {
         let args = with_default_command(std::env::args_os().collect(), |name| {
             std::env::var_os(name).is_some()
         });
-        Self::try_parse_from(args).unwrap_or_else(|error| {
+        Self::parse_args(args).unwrap_or_else(|error| {
             if slurm::launcher_rank(|name| std::env::var(name).ok()).unwrap_or(0) == 0 {
                 error.exit()
             }
@@ -431,7 +364,15 @@ impl Cli {
         })
     }
 
-    /// The flags of stderr, for the commands that have them.
+    /// Parses a command line whose first word is the program's name.
+    fn parse_args(args: Vec<OsString>) -> Result<Self, clap::Error> {
+        // The environment twins follow one rule: naming each would double the help.
+        let mut command = Self::command().mut_subcommands(|c| c.mut_args(|a| a.hide_env(true)));
+        let matches = command.try_get_matches_from_mut(args)?;
+        Self::from_arg_matches(&matches).map_err(|error| error.format(&mut command))
+    }
+
+    /// The flags of the log, for the commands that have them.
     pub fn log(&self) -> Option<&LogArgs> {
         match &self.command {
             Command::Generate(args) => Some(&args.log),

@@ -1,6 +1,5 @@
 //! The command line is an interface: defaults, ranges, names of the environment twins.
 
-use clap::CommandFactory;
 use proptest::prelude::*;
 
 use super::*;
@@ -9,7 +8,7 @@ const REQUIRED: [&str; 5] = ["farm", "--prompts-file", "p.jsonl", "--model", "m"
 
 fn parse(args: &[&str]) -> Result<Cli, clap::Error> {
     let args = args.iter().map(OsString::from).collect();
-    Cli::try_parse_from(with_default_command(args, |_| false))
+    Cli::parse_args(with_default_command(args, |_| false))
 }
 
 fn generate(extra: &[&str]) -> Result<GenerateArgs, clap::Error> {
@@ -103,7 +102,7 @@ fn values_arrive() {
     let s = &args.sampling;
     assert_eq!((s.temperature, s.top_p, s.presence_penalty), (Some(0.7), Some(0.9), Some(-1.5)));
     assert_eq!(s.stop, ["--", "\n"]);
-    assert_eq!(s.logprobs, Some(0));
+    assert_eq!(args.record.logprobs, Some(0));
     assert_eq!(s.generation_config, GenerationConfigSource::Ignore);
     assert_eq!(args.model.kv_cache_memory, Some(8 << 30));
     assert_eq!(args.staging.stage_fallback, StageFallback::InPlace);
@@ -158,6 +157,23 @@ fn what_is_out_of_range_is_a_usage_error() {
     assert_eq!(parse(&["farm"]).unwrap_err().exit_code(), 2);
 }
 
+/// `--quiet` silences progress and table, `--stats` asks for the table all the same.
+#[test]
+fn who_sees_the_closing_table() {
+    for (flags, progress, table) in [
+        (&[][..], ProgressMode::Auto, true),
+        (&["--quiet"], ProgressMode::None, false),
+        (&["--quiet", "--stats"], ProgressMode::None, true),
+        (&["--progress", "none"], ProgressMode::None, false),
+        (&["--progress=none", "--stats"], ProgressMode::None, true),
+        (&["--progress=line"], ProgressMode::Line, true),
+    ] {
+        let args = generate(flags).unwrap();
+        let shown = (args.output.progress(&args.log), args.output.closing_table(&args.log));
+        assert_eq!(shown, (progress, table), "{flags:?}");
+    }
+}
+
 #[test]
 fn help_and_version_say_what_people_look_for() {
     let text = |args: &[&str]| parse(args).unwrap_err().to_string();
@@ -168,6 +184,10 @@ fn help_and_version_say_what_people_look_for() {
     let generate = text(&["farm", "generate", "--help"]);
     for heading in ["Input", "Sampling", "Model", "Parallelism", "Staging", "Output"] {
         assert!(generate.contains(&format!("\n{heading}:\n")), "{heading} in {generate}");
+    }
+    assert!(!generate.contains("FARM_MODEL") && top.contains("FARM_MAX_NEW_TOKENS"));
+    for line in top.lines().chain(generate.lines()) {
+        assert!(line.chars().count() <= 100, "{line}");
     }
     let version = text(&["farm", "--version"]);
     assert!(version.contains("features: ") && version.contains("mpi"), "{version}");

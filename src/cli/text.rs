@@ -4,9 +4,11 @@
 pub const EXAMPLES: &str = "\
 Examples:
   In a Slurm job, one rank a task:
-    srun --mpi=pmix farm --prompts-file prompts.jsonl --model /scratch/ai/llms/mistral-7b --output out.jsonl
+    srun --mpi=pmix farm --prompts-file prompts.jsonl --model /scratch/ai/llms/mistral-7b \\
+      --output out.jsonl
   Under mpirun, each layer split over two ranks:
-    mpirun -n 4 farm --prompts-file prompts.jsonl --model DIR --tensor-parallel 2 --output out.jsonl
+    mpirun -n 4 farm --prompts-file prompts.jsonl --model DIR --tensor-parallel 2 \\
+      --output out.jsonl
   On a laptop, no launcher, the model read where it lies:
     farm --prompts-file prompts.txt --model DIR --no-stage --max-new-tokens 64";
 

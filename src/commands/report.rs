@@ -14,6 +14,16 @@ use crate::{Error, Result};
 /// # Errors
 /// Input errors where the directory is not a run's, or the run wrote no statistics yet.
 pub fn run(args: &ReportArgs) -> Result<()> {
+    let text = write_page(args)?;
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        // The reader (head, say) has seen enough.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        result => result.map_err(|error| Error::fault(format!("standard output: {error}"))),
+    }
+}
+
+/// Writes the page; the text to print.
+fn write_page(args: &ReportArgs) -> Result<String> {
     let dir = &args.run_dir;
     if !dir.join(STATS_FILE).is_file() {
         return Err(no_statistics(dir));
@@ -27,12 +37,7 @@ pub fn run(args: &ReportArgs) -> Result<()> {
     let page = args.html.clone().unwrap_or_else(|| dir.join("report.html"));
     replace_file(&page, html::page(&job, &ranks, &events, &table).as_bytes())?;
 
-    let text = format!("{table}\n  page: {}\n", page.display());
-    match std::io::stdout().lock().write_all(text.as_bytes()) {
-        // The reader (head, say) has seen enough.
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        result => result.map_err(|error| Error::fault(format!("standard output: {error}"))),
-    }
+    Ok(format!("{table}\n  page: {}\n", page.display()))
 }
 
 /// Says what is there instead of statistics.
@@ -67,8 +72,8 @@ mod tests {
     use crate::ErrorKind;
     use crate::stats::{EventLog, JobFacts, JobStats, RankStats, write_run};
 
-    fn report(dir: &Path) -> Result<()> {
-        run(&ReportArgs { run_dir: dir.to_owned(), html: None })
+    fn report(dir: &Path) -> Result<String> {
+        write_page(&ReportArgs { run_dir: dir.to_owned(), html: None })
     }
 
     #[test]
@@ -82,7 +87,7 @@ mod tests {
         let mut log = EventLog::new(0, "<node>");
         log.attach(dir.path()).unwrap();
         log.emit(std::time::Duration::from_secs(1), "load", serde_json::json!({}));
-        report(dir.path()).unwrap();
+        assert!(report(dir.path()).unwrap().contains("report.html"));
         let page = std::fs::read_to_string(dir.path().join("report.html")).unwrap();
         assert!(page.contains("&lt;node&gt;") && !page.contains("<node>"), "{page}");
     }

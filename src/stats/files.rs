@@ -29,12 +29,16 @@ pub struct RankReport {
 /// A fault at rank 0 where a report does not parse (ranks of unequal versions).
 pub fn gather(comm: &dyn Communicator, report: &RankReport) -> Result<Option<Vec<RankReport>>> {
     let bytes = serde_json::to_vec(report).expect("plain data serialises");
-    let Some(all) = comm.gather(0, &bytes) else { return Ok(None) };
+    comm.gather(0, &bytes).map(|all| parse_reports(&all)).transpose()
+}
+
+/// The ranks' reports, in rank order.
+fn parse_reports(all: &[Vec<u8>]) -> Result<Vec<RankReport>> {
     let parse = |(rank, bytes): (usize, &Vec<u8>)| {
         serde_json::from_slice(bytes)
             .map_err(|error| Error::fault(format!("statistics of rank {rank}: {error}")))
     };
-    all.iter().enumerate().map(parse).collect::<Result<_>>().map(Some)
+    all.iter().enumerate().map(parse).collect()
 }
 
 /// Writes `stats.json` and `ranks.csv` into the run directory, each whole or not at all.
@@ -118,6 +122,18 @@ mod tests {
         assert_eq!(json["stage"]["bytes_staged"], 2);
         assert_eq!(json["command"], "generate");
         assert!(json["device_copied_bytes"].is_null());
+    }
+
+    #[test]
+    fn a_rank_whose_report_does_not_parse_is_named() {
+        let report = RankReport::default();
+        let bytes = serde_json::to_vec(&report).unwrap();
+        assert_eq!(
+            parse_reports(&[bytes.clone(), bytes.clone()]),
+            Ok(vec![report.clone(), report])
+        );
+        let error = parse_reports(&[bytes, b"{".to_vec()]).unwrap_err();
+        assert!(error.message.starts_with("statistics of rank 1: "), "{error}");
     }
 
     #[test]

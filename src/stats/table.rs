@@ -10,51 +10,8 @@ const RANKS_SHOWN: usize = 16;
 
 /// The whole table, each line ended by a line feed.
 pub fn closing_table(job: &JobStats, ranks: &[RankStats]) -> String {
-    let mut text = String::new();
-    let mut row = |name: &str, value: String| {
-        // Writing to a String cannot fail.
-        let _ = writeln!(text, "  {name:<14}{}", cut(&value, 84));
-    };
     let facts = &job.facts;
-    row("records", records(job));
-    row(
-        "tokens",
-        format!("{} prompt, {} generated", count(job.prompt_tokens), count(job.generated_tokens)),
-    );
-    row("tokens/s", token_rates(job));
-    row(
-        "batch",
-        format!(
-            "mean {}, peak {}; {}",
-            known(job.batch_mean, rate),
-            count(job.batch_peak),
-            plural(job.preemptions, "preemption")
-        ),
-    );
-    row(
-        "memory",
-        format!(
-            "weights {} a rank, resident {} (most); read {} GB/s a rank (mean), {} (best step)",
-            known(job.weight_bytes_max, memory),
-            known(job.peak_resident_bytes_max, memory),
-            known(job.gigabytes_per_second_mean, rate),
-            known(job.gigabytes_per_second_peak, rate)
-        ),
-    );
-    row("work", work(job));
-    row("stage", job.stage.as_ref().map_or_else(|| "none, read in place".to_owned(), stage));
-    row("time", times(job));
-    row(
-        "ranks",
-        format!(
-            "busy {} (mean), longest idle tail {} ({})",
-            known(job.busy_share_mean, percent),
-            known(job.idle_tail_seconds_max, seconds),
-            known(job.idle_tail_share_max, percent)
-        ),
-    );
-
-    let head = format!(
+    let mut text = format!(
         "farm {}: {} on {} in {}{}\n",
         facts.command,
         plural(job.ranks as u64, "rank"),
@@ -62,39 +19,89 @@ pub fn closing_table(job: &JobStats, ranks: &[RankStats]) -> String {
         seconds(job.total_seconds),
         if facts.complete { "" } else { ", stopped early; the same command finishes the rest" },
     );
-    head + &text + &rank_table(ranks)
-}
-
-fn records(job: &JobStats) -> String {
-    let mut text = count(job.records);
-    if let Some(total) = job.facts.records_total {
-        let _ = write!(text, " of {}", count(total));
+    let rows = [throughput_rows(job), resource_rows(job)].concat();
+    for (name, value) in rows {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "  {name:<14}{}", cut(&value, 84));
     }
-    if job.facts.records_resumed > 0 {
-        let _ = write!(text, " ({} more by earlier attempts)", count(job.facts.records_resumed));
+    text + &rank_table(ranks)
+}
+
+fn throughput_rows(job: &JobStats) -> Vec<(&'static str, String)> {
+    let facts = &job.facts;
+    let total = facts.records_total.map(|total| format!(" of {}", count(total)));
+    let records = format!("{}{}", count(job.records), total.unwrap_or_default());
+    let per_second = known(job.records_per_second, |x| format!("{} records/s", rate(x)));
+    let mut rows =
+        vec![("records", format!("{records}, {} failed; {per_second}", count(job.records_failed)))];
+    if facts.records_resumed > 0 {
+        rows.push((
+            "resumed",
+            format!("{} records of earlier attempts", count(facts.records_resumed)),
+        ));
     }
-    let per_second = known(job.records_per_second, rate);
-    format!("{text}, {} failed; {per_second} records/s", count(job.records_failed))
+    let (prompt, generated) = (count(job.prompt_tokens), count(job.generated_tokens));
+    let a_minute = known(job.tokens_per_minute, |x| format!("{} tokens/min", rate(x)));
+    rows.extend([
+        ("tokens", format!("{prompt} prompt, {generated} generated")),
+        ("prefill", known(job.prefill_tokens_per_second, tokens_per_second)),
+        ("decode", known(job.decode_tokens_per_second, tokens_per_second)),
+        ("generated", format!("{}, {a_minute}", known(job.tokens_per_second, tokens_per_second))),
+        (
+            "batch",
+            format!(
+                "mean {}, peak {}; {}",
+                known(job.batch_mean, rate),
+                count(job.batch_peak),
+                plural(job.preemptions, "preemption")
+            ),
+        ),
+    ]);
+    rows
 }
 
-fn token_rates(job: &JobStats) -> String {
-    format!(
-        "prefill {}, decode {}; generated {} ({} a minute)",
-        known(job.prefill_tokens_per_second, rate),
-        known(job.decode_tokens_per_second, rate),
-        known(job.tokens_per_second, rate),
-        known(job.tokens_per_minute, rate)
-    )
+fn resource_rows(job: &JobStats) -> Vec<(&'static str, String)> {
+    let stage_time = job.stage.as_ref().map(|stage| stage.stage_seconds);
+    let weights = known(job.weight_bytes_max, memory);
+    let resident = known(job.peak_resident_bytes_max, memory);
+    let mean = known(job.gigabytes_per_second_mean, gigabytes_per_second);
+    let best = known(job.gigabytes_per_second_peak, gigabytes_per_second);
+    vec![
+        ("memory", format!("{weights} of weights a rank, {resident} resident (most)")),
+        ("bandwidth", format!("{mean} a rank (mean), {best} (best step)")),
+        ("weight reads", bytes(job.weight_read_bytes as u64)),
+        ("KV reads", bytes(job.kv_read_bytes as u64)),
+        ("disk reads", known(job.disk_read_bytes, bytes)),
+        ("arithmetic", flop(job.floating_point_operations)),
+        ("stage", job.stage.as_ref().map_or_else(|| "none, read in place".to_owned(), stage)),
+        (
+            "time",
+            format!(
+                "start {}, stage {}, load {}, generate {}",
+                seconds(job.start_seconds),
+                cell(stage_time, seconds),
+                seconds(job.load_seconds),
+                known(job.generate_seconds, seconds)
+            ),
+        ),
+        (
+            "ranks",
+            format!(
+                "busy {} (mean), longest idle tail {} ({})",
+                known(job.busy_share_mean, percent),
+                known(job.idle_tail_seconds_max, seconds),
+                known(job.idle_tail_share_max, percent)
+            ),
+        ),
+    ]
 }
 
-fn work(job: &JobStats) -> String {
-    format!(
-        "{}; {} of weights and {} of KV cache read by steps; {} from disk",
-        flop(job.floating_point_operations),
-        bytes(job.weight_read_bytes as u64),
-        bytes(job.kv_read_bytes as u64),
-        known(job.disk_read_bytes, bytes)
-    )
+fn tokens_per_second(x: f64) -> String {
+    format!("{} tokens/s", rate(x))
+}
+
+fn gigabytes_per_second(x: f64) -> String {
+    format!("{} GB/s", rate(x))
 }
 
 fn stage(stage: &StageStats) -> String {
@@ -103,23 +110,12 @@ fn stage(stage: &StageStats) -> String {
         return format!("reused {} that were there, checked in {time}", bytes(stage.bytes_reused));
     }
     format!(
-        "{} read, {} staged, {} reused in {} ({} GB/s)",
+        "{} read, {} staged, {} reused in {} ({})",
         bytes(stage.bytes_read_source),
         bytes(stage.bytes_staged),
         bytes(stage.bytes_reused),
         seconds(stage.stage_seconds),
-        known(stage.gigabytes_per_second, rate)
-    )
-}
-
-fn times(job: &JobStats) -> String {
-    format!(
-        "start {}, stage {}, load {}, generate {}, total {}",
-        seconds(job.start_seconds),
-        job.stage.as_ref().map_or_else(|| "-".to_owned(), |stage| seconds(stage.stage_seconds)),
-        seconds(job.load_seconds),
-        known(job.generate_seconds, seconds),
-        seconds(job.total_seconds)
+        known(stage.gigabytes_per_second, gigabytes_per_second)
     )
 }
 
@@ -224,9 +220,10 @@ mod tests {
         let mut ranks = [RankStats { host: "laptop".into(), ..RankStats::default() }];
         let job = JobStats::new(facts(), None, &mut ranks);
         let text = closing_table(&job, &ranks);
-        assert!(text.contains("prefill unavailable, decode unavailable"), "{text}");
+        assert!(text.contains("  decode        unavailable\n"), "{text}");
         assert!(text.contains("none, read in place"), "{text}");
         assert!(text.contains("longest idle tail unavailable"), "{text}");
+        assert!(!text.contains('…'), "cut: {text}");
     }
 
     #[test]

@@ -1,0 +1,84 @@
+//! The flags that take one of a few words.
+
+use clap::ValueEnum;
+
+/// `--prompts-format`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PromptsFormat {
+    /// By the file's ending.
+    Auto,
+    /// One prompt a line.
+    Txt,
+    /// One JSON object a line.
+    Jsonl,
+    /// Comma-separated values with a header.
+    Csv,
+}
+
+/// `--generation-config`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum GenerationConfigSource {
+    /// The model's generation_config.json sets defaults.
+    #[default]
+    Model,
+    /// farm's own defaults alone.
+    #[value(name = "none")]
+    Ignore,
+}
+
+/// `--dtype`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    /// The model's own (f32 on CPU).
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// 16-bit floats.
+    F16,
+}
+
+/// `--kernel-tier`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KernelTier {
+    /// The best that the CPU has.
+    Auto,
+    /// Portable code.
+    Scalar,
+    /// AVX2 and FMA.
+    Avx2,
+    /// AVX-512.
+    Avx512,
+}
+
+/// `--stage-fallback`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum StageFallback {
+    /// Stop with an error.
+    Error,
+    /// Read the model where it lies.
+    InPlace,
+}
+
+/// `--log-format`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// `--progress`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ProgressMode {
+    /// A bar on a terminal, lines elsewhere.
+    Auto,
+    /// A bar.
+    Bar,
+    /// A line every 30 s.
+    Line,
+    /// Nothing.
+    None,
+}
