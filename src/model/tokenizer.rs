@@ -4,7 +4,7 @@
 //! Left out: chat templates ([`crate::prompts::chat_template`]) and the streaming
 //! detokenizer (the engine's, over [`Tokenizer::decode`]).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 use serde_json::Value;
@@ -17,6 +17,8 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     spelling: Spelling,
     vocab_size: usize,
+    /// Tokens that are matched as they stand in a text, not spelled by the model.
+    added_tokens: HashSet<u32>,
     special_tokens: BTreeMap<String, String>,
     eos_token_ids: Vec<u32>,
     bos_token_id: Option<u32>,
@@ -71,7 +73,16 @@ impl Tokenizer {
         };
         let vocab_size = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
         let spelling = spelling(inner.get_decoder());
-        Ok(Self { inner, spelling, vocab_size, special_tokens, eos_token_ids, bos_token_id })
+        let added_tokens = inner.get_added_tokens_decoder().into_keys().collect();
+        Ok(Self {
+            inner,
+            spelling,
+            vocab_size,
+            added_tokens,
+            special_tokens,
+            eos_token_ids,
+            bos_token_id,
+        })
     }
 
     /// Token ids of `text`; with `add_special_tokens` also those that the tokenizer
@@ -110,7 +121,7 @@ impl Tokenizer {
     /// UTF-8 character. Empty for an unknown id.
     pub fn token_bytes(&self, id: u32) -> Vec<u8> {
         let Some(token) = self.inner.id_to_token(id) else { return Vec::new() };
-        if self.inner.get_added_vocabulary().get_added_tokens_decoder().contains_key(&id) {
+        if self.added_tokens.contains(&id) {
             return token.into_bytes();
         }
         match self.spelling {
@@ -322,6 +333,27 @@ mod tests {
             let error = Tokenizer::from_dir(dir.path()).err().expect("no tokenizer");
             assert_eq!(error.kind, crate::ErrorKind::Input);
             assert!(error.message.contains("tokenizer.json"), "{error}");
+        }
+    }
+
+    /// Token ids of HF's fast tokenizer for the golden models, and the bytes back.
+    #[test]
+    fn goldens_of_transformers() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/llama_gqa");
+        let tokenizer = Tokenizer::from_dir(&golden).unwrap();
+        let cases = read_json(&golden.join("golden.json")).unwrap().expect("golden.json");
+        for case in cases["prompts"].as_array().expect("prompts") {
+            let ids = |field: &str| -> Vec<u32> {
+                serde_json::from_value(case[field].clone()).expect("token ids")
+            };
+            let (text, prompt) = (case["text"].as_str().expect("text"), ids("prompt_token_ids"));
+            assert_eq!(tokenizer.encode(text, true).unwrap(), prompt);
+            let special = tokenizer.bos_token_id();
+            let content = prompt.iter().filter(|&&id| Some(id) != special);
+            let bytes: Vec<u8> = content.flat_map(|&id| tokenizer.token_bytes(id)).collect();
+            assert_eq!(bytes, text.as_bytes());
+            let greedy = tokenizer.decode(&ids("greedy"), false).unwrap();
+            assert_eq!(greedy, case["greedy_text"].as_str().expect("greedy_text"));
         }
     }
 

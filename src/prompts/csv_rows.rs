@@ -314,6 +314,18 @@ mod tests {
         assert_eq!(codes, ["bad_csv", "bad_csv", r#"{"prompt":"c","x":"3"}"#]);
     }
 
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(128))]
+
+        /// Reading ends, names each line once and in order, and keeps its limit.
+        #[test]
+        fn any_text_gives_rows_in_order(text in "[a\",\n\r ]{0,60}", max_bytes in 6usize..40) {
+            let found = rows(&format!("p,x\n{text}"), max_bytes, "p").unwrap();
+            proptest::prop_assert!(found.windows(2).all(|pair| pair[0].0 < pair[1].0));
+            proptest::prop_assert!(found.iter().all(|(line, _)| *line > 1));
+        }
+    }
+
     #[test]
     fn a_header_without_the_prompt_column_names_the_columns_there_are() {
         let error = rows("question,answer\n1,2\n", 1000, "prompt").unwrap_err();

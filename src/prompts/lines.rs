@@ -34,7 +34,7 @@ impl<R: BufRead> Lines<R> {
     pub(crate) fn next_line(&mut self) -> io::Result<Option<(u64, Line)>> {
         let mut bytes = Vec::new();
         // Room for a byte order mark, the terminator, and a byte that tells of more.
-        let limit = self.max_bytes as u64 + 6;
+        let limit = (self.max_bytes as u64).saturating_add(6);
         let count = (&mut self.inner).take(limit).read_until(b'\n', &mut bytes)? as u64;
         if count == 0 {
             return Ok(None);

@@ -87,6 +87,7 @@ pub struct PromptReader {
     size_bytes: u64,
     next_index: u64,
     blank_lines: u64,
+    failed: bool,
 }
 
 enum Source {
@@ -137,7 +138,16 @@ impl PromptReader {
         };
         let size_bytes = metadata.len();
         let options = options.clone();
-        Ok(Self { source, format, options, name, size_bytes, next_index: 0, blank_lines: 0 })
+        Ok(Self {
+            source,
+            format,
+            options,
+            name,
+            size_bytes,
+            next_index: 0,
+            blank_lines: 0,
+            failed: false,
+        })
     }
 
     /// Opens the file and looks for a first record, so that an unusable input is told
@@ -225,6 +235,9 @@ impl Iterator for PromptReader {
     type Item = Result<RawRecord>;
 
     fn next(&mut self) -> Option<Self::Item> {
+        if self.failed {
+            return None;
+        }
         match self.next_body() {
             Ok(None) => None,
             Ok(Some((line, body))) => {
@@ -232,11 +245,15 @@ impl Iterator for PromptReader {
                 self.next_index += 1;
                 Some(Ok(RawRecord { index, line, body }))
             }
-            Err(error) => Some(Err(Error::fault(format!(
-                "prompts file {}: cannot be read on after {} bytes: {error}",
-                self.name,
-                self.bytes_read()
-            )))),
+            Err(error) => {
+                // What follows has lost its place: one error, then the end.
+                self.failed = true;
+                Some(Err(Error::fault(format!(
+                    "prompts file {}: cannot be read on after {} bytes: {error}",
+                    self.name,
+                    self.bytes_read()
+                ))))
+            }
         }
     }
 }

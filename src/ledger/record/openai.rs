@@ -107,7 +107,7 @@ fn choice(
 }
 
 fn chat_logprobs(tokens: &[TokenLogprob]) -> Value {
-    let entry = |token: &str, logprob: f32| json!({"token": token, "logprob": logprob, "bytes": token.as_bytes()});
+    let entry = |token: &str, logprob: f32| json!({"token": token, "logprob": number(logprob), "bytes": token.as_bytes()});
     let content: Vec<Value> = tokens
         .iter()
         .map(|token| {
@@ -127,14 +127,19 @@ fn text_logprobs(tokens: &[TokenLogprob]) -> Value {
         Some(start)
     });
     let top = |token: &TokenLogprob| -> Map<String, Value> {
-        token.top.iter().map(|top| (top.token.clone(), json!(top.logprob))).collect()
+        token.top.iter().map(|top| (top.token.clone(), number(top.logprob))).collect()
     };
     json!({
         "tokens": tokens.iter().map(|token| token.token.as_str()).collect::<Vec<_>>(),
-        "token_logprobs": tokens.iter().map(|token| token.logprob).collect::<Vec<_>>(),
+        "token_logprobs": tokens.iter().map(|token| number(token.logprob)).collect::<Vec<_>>(),
         "top_logprobs": tokens.iter().map(top).collect::<Vec<_>>(),
         "text_offset": offsets.collect::<Vec<_>>(),
     })
+}
+
+/// The shortest decimal of an f32; widening it to f64 would show digits that are noise.
+fn number(value: f32) -> Value {
+    value.to_string().parse::<f64>().map_or(Value::Null, Value::from)
 }
 
 /// 24 hex digits that name a record of a run.

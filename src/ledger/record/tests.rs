@@ -4,7 +4,9 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::engine::SamplingParams;
-use crate::prompts::{ErrorCode, OpenAiEndpoint, Prompt, Request};
+use crate::prompts::{
+    Defaults, ErrorCode, OpenAiEndpoint, Preparer, Prompt, PromptReader, ReadOptions, Request,
+};
 
 fn run() -> RunInfo {
     RunInfo { key: "k".into(), created_unix_seconds: 7, model: "m".into() }
@@ -144,7 +146,7 @@ fn openai_completion_logprobs_and_errors() {
     let token = |token: &str| TokenLogprob {
         token: token.into(),
         token_id: 1,
-        logprob: -0.5,
+        logprob: -0.1,
         top: vec![TopLogprob { token: "t".into(), token_id: 2, logprob: -0.25 }],
     };
     let completion =
@@ -152,7 +154,7 @@ fn openai_completion_logprobs_and_errors() {
     let record = prepared(Some(OpenAiEndpoint::Completions));
     let line = text(completion_line(&run(), &record, &[completion]));
     let line: Value = serde_json::from_str(&line).unwrap();
-    let logprobs = json!({"tokens": ["éa", "b"], "token_logprobs": [-0.5, -0.5],
+    let logprobs = json!({"tokens": ["éa", "b"], "token_logprobs": [-0.1, -0.1],
         "top_logprobs": [{"t": -0.25}, {"t": -0.25}], "text_offset": [0, 2]});
     assert_eq!(line["response"]["body"]["choices"][0]["logprobs"], logprobs);
 
@@ -160,4 +162,60 @@ fn openai_completion_logprobs_and_errors() {
         serde_json::from_str(&text(error_line(&run(), &record_error(Some("c"), true)))).unwrap();
     assert_eq!((&line["custom_id"], &line["response"]), (&json!("c"), &Value::Null));
     assert_eq!(line["error"]["line"], 12);
+}
+
+/// 50 good lines and 20 bad ones of every kind: 70 lines out, in order, 20 of them
+/// errors that name the line.
+#[test]
+fn bad_lines_harm_no_others() {
+    let dir = tempfile::tempdir().unwrap();
+    crate::model::tokenizer::testing::write_words(dir.path());
+    let bad: [&[u8]; 10] = [
+        b"{\"prompt\":",
+        b"[1, 2]",
+        b"\"hello\"",
+        b"{\"prompt\": 5}",
+        b"{\"prompt\": \"hello\", \"temperature\": -1}",
+        b"{\"prompt\": \"hello\", \"max_tokens\": \"many\"}",
+        b"{\"prompt\": \"\xff\"}",
+        b"{\"id\": \"x\"}",
+        b"{\"prompt\": \"hello hello hello hello hello\"}",
+        &[b'x'; 300],
+    ];
+    let (mut input, mut bad_lines) = (Vec::new(), Vec::new());
+    for i in 0..70 {
+        let number = input.iter().filter(|&&byte| byte == b'\n').count() as u64 + 1;
+        if i % 7 < 2 {
+            bad_lines.push(number);
+            input.extend_from_slice(bad[bad_lines.len() % bad.len()]);
+        } else {
+            input.extend_from_slice(b"{\"prompt\": \"hello world\"}");
+        }
+        input.extend_from_slice(if i % 5 == 0 { b"\r\n\n" } else { b"\n" });
+    }
+    let path = dir.path().join("p.jsonl");
+    std::fs::write(&path, input).unwrap();
+
+    let preparer = Preparer {
+        tokenizer: crate::model::tokenizer::Tokenizer::from_dir(dir.path()).unwrap().into(),
+        template: None,
+        defaults: Defaults { file: "p.jsonl".into(), ..Defaults::default() },
+        max_seq_len: 5,
+        reserved_tokens: 1,
+        vocab_size: 6,
+    };
+    let options = ReadOptions { max_record_bytes: 200, ..ReadOptions::default() };
+    let lines: Vec<Value> = PromptReader::open(&path, &options)
+        .unwrap()
+        .map(|raw| match preparer.prepare(&raw.unwrap()) {
+            Ok(prepared) => completion_line(&run(), &prepared, &[completion("x")]),
+            Err(error) => error_line(&run(), &error),
+        })
+        .map(|line| serde_json::from_str(&text(line)).unwrap())
+        .collect();
+    let indices: Vec<_> = lines.iter().map(|line| line["index"].as_u64().unwrap()).collect();
+    assert_eq!(indices, (0..70).collect::<Vec<_>>());
+    let errors: Vec<_> = lines.iter().filter(|line| line["finish_reason"] == "error").collect();
+    let named: Vec<_> = errors.iter().filter_map(|line| line["error"]["line"].as_u64()).collect();
+    assert_eq!(named, bad_lines);
 }
