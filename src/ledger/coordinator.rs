@@ -321,8 +321,7 @@ mod tests {
             }
             let handout = Handout::new(HandoutConfig::default(), ranks, IndexSet::new());
             let target = OutputTarget::File(file.clone());
-            let output =
-                OrderedOutput::create(target, &dir.path().join("spill"), 1 << 20).unwrap();
+            let output = OrderedOutput::create(target, &dir.path().join("spill"), 1 << 20).unwrap();
             let cost = Box::new(|_: &RawRecord| 1.0);
             let mut link = Coordinator::new(comm, handout, source(count), cost, output);
             let done = work(&mut link, stop_after);

@@ -20,6 +20,7 @@ mod crc32;
 mod handout;
 mod index_set;
 mod link;
+mod outlook;
 mod output;
 pub mod parts;
 pub mod protocol;
