@@ -38,6 +38,8 @@ pub struct Coordinator {
     output: OrderedOutput,
     workers: Vec<WorkerState>,
     local_received: u64,
+    /// The last poll left input to read or stored lines to write.
+    unfinished_poll: bool,
     now_seconds: f64,
     flushed_seconds: f64,
     error: Option<Error>,
@@ -69,6 +71,7 @@ impl Coordinator {
             output,
             workers,
             local_received: 0,
+            unfinished_poll: false,
             now_seconds: 0.0,
             flushed_seconds: 0.0,
             error: None,
@@ -152,6 +155,7 @@ impl Coordinator {
                 }
             }
         }
+        self.unfinished_poll = true;
     }
 
     /// Answers the standing requests of all workers; returns worker 0's own records.
@@ -187,7 +191,7 @@ impl Coordinator {
         if self.error.is_some() {
             return;
         }
-        let mut result = self.output.advance(STORED_LINES).map(|_| ());
+        let mut result = self.output.advance(STORED_LINES).map(|more| self.unfinished_poll |= more);
         if result.is_ok() && self.now_seconds - self.flushed_seconds >= FLUSH_SECONDS {
             self.flushed_seconds = self.now_seconds;
             result = self.output.flush();
@@ -201,6 +205,7 @@ impl Coordinator {
 impl WorkerLink for Coordinator {
     fn poll(&mut self, load: &Load, now_seconds: f64) -> Vec<RawRecord> {
         self.now_seconds = now_seconds;
+        self.unfinished_poll = false;
         self.receive();
         self.handout.report(0, *load, self.local_received, now_seconds);
         self.read_input();
@@ -229,6 +234,9 @@ impl WorkerLink for Coordinator {
     }
 
     fn wait(&mut self, timeout: Duration) {
+        if self.unfinished_poll {
+            return;
+        }
         self.inbox.wait(&*self.comm, TAG_TO_COORDINATOR, timeout);
     }
 
@@ -237,144 +245,12 @@ impl WorkerLink for Coordinator {
             self.handout.stop();
         }
         while !self.workers.iter().skip(1).all(|worker| worker.goodbye) {
+            self.unfinished_poll = false;
             self.receive();
             self.tell_state();
             self.write_output();
             self.wait(Duration::from_millis(100));
         }
         self.error.clone().map_or(Ok(()), Err)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::time::Instant;
-
-    use super::*;
-    use crate::comm::LocalComm;
-    use crate::ledger::{HandoutConfig, IndexSet, OutputTarget, RemoteLink};
-    use crate::prompts::RawBody;
-
-    fn records(count: u64) -> Source {
-        Box::new((0..count).map(|index| {
-            let body = RawBody::Text(format!("prompt {index}").into_bytes());
-            Ok(RawRecord { index, line: index + 1, body })
-        }))
-    }
-
-    /// A worker that needs some steps for each record; stops the run after `stop_after`.
-    fn work(link: &mut dyn WorkerLink, stop_after: Option<usize>) -> Vec<u64> {
-        let start = Instant::now();
-        let (mut waiting, mut running, mut done) = (Vec::new(), Vec::new(), Vec::new());
-        loop {
-            let load = Load {
-                slots: 4,
-                running: running.len(),
-                waiting: waiting.len(),
-                processed_cost: done.len() as f64,
-            };
-            waiting.extend(link.poll(&load, start.elapsed().as_secs_f64()));
-            if link.state() == LinkState::Stopped {
-                break;
-            }
-            while running.len() < 4
-                && let Some(record) = waiting.pop()
-            {
-                running.push(record);
-            }
-            let Some(record) = running.pop() else {
-                if link.state() == LinkState::Finished {
-                    break;
-                }
-                link.wait(Duration::from_millis(20));
-                continue;
-            };
-            let line = format!("{{\"index\":{}}}\n", record.index).into_bytes();
-            let is_error = record.index % 10 == 3;
-            done.push(record.index);
-            link.submit(Finished { index: record.index, line, is_error, cost: 1.0 });
-            if stop_after.is_some_and(|count| done.len() >= count) {
-                link.request_stop();
-            }
-        }
-        done
-    }
-
-    /// Runs `count` records over `ranks` ranks; rank 0's outcome and what each rank did.
-    fn run(
-        ranks: usize,
-        count: u64,
-        source: fn(u64) -> Source,
-        stop: Option<(usize, usize)>,
-    ) -> (Result<Option<OutputCounts>>, Vec<u64>, String) {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("out.jsonl");
-        let mut outcome = Ok(None);
-        let ranks_done = LocalComm::run(ranks, |comm| {
-            let rank = comm.rank();
-            let stop_after = stop.filter(|stop| stop.0 == rank).map(|stop| stop.1);
-            if rank > 0 {
-                let mut link = RemoteLink::new(comm);
-                let done = work(&mut link, stop_after);
-                link.close().unwrap();
-                return (done, None);
-            }
-            let handout = Handout::new(HandoutConfig::default(), ranks, IndexSet::new());
-            let target = OutputTarget::File(file.clone());
-            let output = OrderedOutput::create(target, &dir.path().join("spill"), 1 << 20).unwrap();
-            let cost = Box::new(|_: &RawRecord| 1.0);
-            let mut link = Coordinator::new(comm, handout, source(count), cost, output);
-            let done = work(&mut link, stop_after);
-            let _ = link.close();
-            (done, Some(link.finish()))
-        });
-        let mut done = Vec::new();
-        for (indices, finish) in ranks_done {
-            done.extend(indices);
-            outcome = finish.unwrap_or(outcome);
-        }
-        (outcome, done, std::fs::read_to_string(&file).unwrap_or_default())
-    }
-
-    /// One rank needs no messages; many share the records; the output is the same.
-    #[test]
-    fn any_number_of_ranks_gives_the_same_ordered_output() {
-        let expected: String = (0..300).map(|index| format!("{{\"index\":{index}}}\n")).collect();
-        for ranks in 1..=4 {
-            let (outcome, mut done, output) = run(ranks, 300, records, None);
-            let counts = outcome.unwrap().expect("complete");
-            assert_eq!((counts.records, counts.errors), (300, 30));
-            done.sort_unstable();
-            assert!(done.into_iter().eq(0..300), "each record once");
-            assert_eq!(output, expected, "{ranks} ranks");
-        }
-    }
-
-    #[test]
-    fn fewer_records_than_ranks_and_none_at_all_end_too() {
-        for count in [0, 1, 2] {
-            let counts = run(4, count, records, None).0.unwrap().expect("complete");
-            assert_eq!(counts.records, count);
-        }
-    }
-
-    /// A stop on any rank reaches all of them, and the output is not called complete.
-    #[test]
-    fn a_stop_on_one_rank_drains_all() {
-        for stopping in 0..3 {
-            let (outcome, done, output) = run(3, 100_000, records, Some((stopping, 5)));
-            assert_eq!(outcome.unwrap(), None);
-            assert!(done.len() < 100_000 && output.is_empty());
-        }
-    }
-
-    /// A reader that fails in the middle does not leave the other ranks waiting.
-    #[test]
-    fn a_failing_input_stops_every_rank_with_its_error() {
-        let source = |count| -> Source {
-            Box::new(records(count).chain([Err(Error::fault("prompts.jsonl: gone"))]))
-        };
-        let error = run(3, 20, source, None).0.unwrap_err();
-        assert!(error.message.contains("gone"));
     }
 }

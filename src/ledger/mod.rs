@@ -20,6 +20,7 @@ mod crc32;
 mod handout;
 mod index_set;
 mod link;
+mod outlook;
 mod output;
 pub mod parts;
 pub mod protocol;
@@ -28,8 +29,10 @@ mod run_dir;
 mod run_lock;
 #[cfg(test)]
 mod simulation;
+#[cfg(test)]
+mod tests;
 
-pub use coordinator::Coordinator;
+pub use coordinator::{Coordinator, CostEstimate, Source};
 pub use cost::{PREFILL_TOKEN_COST, estimate_cost, token_cost};
 pub use handout::{Handout, HandoutConfig, HandoutCounts, Load, Reply};
 pub use index_set::IndexSet;

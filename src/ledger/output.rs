@@ -62,6 +62,9 @@ struct Rename {
 }
 
 impl OrderedOutput {
+    /// A usual budget for lines that wait in memory.
+    pub const EARLY_BYTES_MAX: usize = 8 << 20;
+
     /// Opens the target (its folder is created). Lines beyond `early_bytes_max` that wait
     /// for their turn go to `spill_path`.
     pub fn create(

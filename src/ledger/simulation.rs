@@ -109,7 +109,8 @@ impl Simulation {
     /// Each rank ends its steps in its own time; rank 0 serves messages between its own.
     fn run(&self) -> Outcome {
         let mut ranks = self.ranks();
-        let mut handout = Handout::new(HandoutConfig::default(), ranks.len(), IndexSet::new());
+        let config = HandoutConfig::for_workers(ranks.len());
+        let mut handout = Handout::new(config, ranks.len(), IndexSet::new());
         let mut next = 0;
         while !handout.complete() {
             let at = |rank: &Rank| rank.step_end_seconds;
