@@ -1,3 +1,6 @@
 //! The `farm` binary: parse, run, leave with the agreed exit code.
 
-fn main() {}
+fn main() {
+    let cli = farm::cli::Cli::parse_or_exit();
+    std::process::exit(farm::commands::run(&cli));
+}

@@ -9,7 +9,7 @@ use crate::ledger::link::Inbox;
 use crate::ledger::protocol::{Order, TAG_TO_COORDINATOR, TAG_TO_WORKER, Update};
 use crate::ledger::{
     Finished, Handout, HandoutCounts, LinkState, Load, OrderedOutput, OutputCounts, Reply,
-    WorkerLink,
+    RunProgress, WorkerLink,
 };
 use crate::prompts::RawRecord;
 use crate::{Error, Result};
@@ -43,6 +43,8 @@ pub struct Coordinator {
     now_seconds: f64,
     flushed_seconds: f64,
     error: Option<Error>,
+    failed: u64,
+    new_tokens: u64,
 }
 
 #[derive(Clone)]
@@ -75,6 +77,8 @@ impl Coordinator {
             now_seconds: 0.0,
             flushed_seconds: 0.0,
             error: None,
+            failed: 0,
+            new_tokens: 0,
         }
     }
 
@@ -129,6 +133,8 @@ impl Coordinator {
     }
 
     fn take_finished(&mut self, finished: Finished) {
+        self.failed += u64::from(finished.is_error);
+        self.new_tokens += finished.new_tokens;
         self.handout.completed(finished.index, finished.cost);
         // After a failure of the output the part files alone keep the records.
         if self.error.is_none()
@@ -240,11 +246,25 @@ impl WorkerLink for Coordinator {
         self.inbox.wait(&*self.comm, TAG_TO_COORDINATOR, timeout);
     }
 
+    fn progress(&self) -> Option<RunProgress> {
+        let counts = self.handout.counts();
+        Some(RunProgress {
+            records: counts.skipped + counts.completed,
+            records_total: self.handout.input_ended().then_some(counts.read),
+            failed: self.failed,
+            new_tokens: self.new_tokens,
+        })
+    }
+
+    fn others_working(&self) -> bool {
+        !self.workers.iter().skip(1).all(|worker| worker.goodbye)
+    }
+
     fn close(&mut self) -> Result<()> {
         if !self.handout.exhausted() {
             self.handout.stop();
         }
-        while !self.workers.iter().skip(1).all(|worker| worker.goodbye) {
+        while self.others_working() {
             self.unfinished_poll = false;
             self.receive();
             self.tell_state();

@@ -21,6 +21,19 @@ pub enum LinkState {
     Stopped,
 }
 
+/// How far the whole run is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RunProgress {
+    /// Records finished, those of earlier launches included.
+    pub records: u64,
+    /// Records of the input, once it is read to its end.
+    pub records_total: Option<u64>,
+    /// Error records of this launch.
+    pub failed: u64,
+    /// Tokens generated in this launch.
+    pub new_tokens: u64,
+}
+
 /// A worker's end of the hand-out. Rank 0's is the [`crate::ledger::Coordinator`], the
 /// others' a [`RemoteLink`]. Call [`WorkerLink::poll`] between engine steps.
 pub trait WorkerLink {
@@ -39,6 +52,16 @@ pub trait WorkerLink {
     /// Sleeps until a message arrives or `timeout` is over. For a worker that has
     /// nothing to do; sends nothing.
     fn wait(&mut self, timeout: Duration);
+
+    /// How far the whole run is, where this rank knows: rank 0.
+    fn progress(&self) -> Option<RunProgress> {
+        None
+    }
+
+    /// Whether rank 0 still has to serve workers that are not done.
+    fn others_working(&self) -> bool {
+        false
+    }
 
     /// The end: hands in what is left and says goodbye (rank 0: waits until all have).
     /// What was handed out and not submitted counts as not done. An error that this end

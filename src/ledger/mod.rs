@@ -36,7 +36,7 @@ pub use coordinator::{Coordinator, CostEstimate, Source};
 pub use cost::{PREFILL_TOKEN_COST, estimate_cost, token_cost};
 pub use handout::{Handout, HandoutConfig, HandoutCounts, Load, Reply};
 pub use index_set::IndexSet;
-pub use link::{LinkState, RemoteLink, WorkerLink};
+pub use link::{LinkState, RemoteLink, RunProgress, WorkerLink};
 pub use output::{OrderedOutput, OutputCounts, OutputTarget};
 pub use parts::{PartWriter, RecordSink};
 pub use run_dir::{ExistingRun, Launch, RunDir, RunIdentity, default_path};
@@ -52,4 +52,6 @@ pub struct Finished {
     pub is_error: bool,
     /// What it really cost, in the unit of [`token_cost`].
     pub cost: f64,
+    /// Tokens generated for it.
+    pub new_tokens: u64,
 }

@@ -61,6 +61,7 @@ impl Update {
         for finished in &self.finished {
             out.u64(finished.index);
             out.u64(finished.cost.to_bits());
+            out.u64(finished.new_tokens);
             out.u8(u8::from(finished.is_error));
             out.bytes(&finished.line);
         }
@@ -83,8 +84,10 @@ impl Update {
         for _ in 0..input.u64()? {
             let index = input.u64()?;
             let cost = f64::from_bits(input.u64()?);
+            let new_tokens = input.u64()?;
             let is_error = input.bool()?;
-            finished.push(Finished { index, cost, is_error, line: input.bytes()? });
+            let line = input.bytes()?;
+            finished.push(Finished { index, line, is_error, cost, new_tokens });
         }
         input.end()?;
         Ok(Self { load, received_records, stop, goodbye, finished })
@@ -243,8 +246,15 @@ mod tests {
     }
 
     fn finished() -> impl Strategy<Value = Finished> {
-        (any::<u64>(), bytes(), any::<bool>(), 0.0f64..1e9)
-            .prop_map(|(index, line, is_error, cost)| Finished { index, line, is_error, cost })
+        (any::<u64>(), bytes(), any::<bool>(), 0.0f64..1e9, any::<u64>()).prop_map(
+            |(index, line, is_error, cost, new_tokens)| Finished {
+                index,
+                line,
+                is_error,
+                cost,
+                new_tokens,
+            },
+        )
     }
 
     proptest! {

@@ -55,7 +55,7 @@ fn work(link: &mut dyn WorkerLink, part: &mut dyn RecordSink, stop_after: usize)
         let line = line(index).into_bytes();
         part.append(index, &line, is_error).unwrap();
         part.flush().unwrap();
-        link.submit(Finished { index, line, is_error, cost: 1.0 });
+        link.submit(Finished { index, line, is_error, cost: 1.0, new_tokens: 1 });
         done.push(index);
         if done.len() == stop_after {
             link.request_stop();

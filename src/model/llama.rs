@@ -100,6 +100,11 @@ impl Llama {
         layers + self.embed_tokens.bytes() + head
     }
 
+    /// Bytes of weights that a step streams: all but the embedding's look-ups.
+    pub fn step_weight_bytes(&self) -> u64 {
+        self.layers.iter().map(DecoderLayer::bytes).sum::<u64>() + self.lm_head.bytes()
+    }
+
     /// One step: logits of the wanted rows, row-major over the vocabulary.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::batch::StepBatch;
 use super::config::ModelConfig;
@@ -15,7 +16,7 @@ use super::source::{Safetensors, WeightSource};
 use super::weights::WeightDtype;
 use super::{Logits, Runner};
 use crate::comm::TensorComm;
-use crate::kernels::attention::BLOCK_SIZE;
+use crate::kernels::attention::{BLOCK_SIZE, Heads};
 use crate::{Error, Result};
 
 /// How to load a model.
@@ -67,16 +68,27 @@ impl ModelRunner {
         self.model.weight_bytes()
     }
 
+    /// Bytes of weights that a step streams: all but the embedding's look-ups.
+    pub fn step_weight_bytes(&self) -> u64 {
+        self.model.step_weight_bytes()
+    }
+
+    /// Heads on this rank.
+    pub fn heads(&self) -> Heads {
+        self.model.heads()
+    }
+
     /// Bytes of the checkpoint that this rank read or mapped while loading.
     pub fn bytes_read(&self) -> u64 {
         self.bytes_read
     }
 
-    /// Runs the leader's steps until it is done ([`ModelRunner::finish`]).
+    /// Runs the leader's steps until it is done ([`ModelRunner::finish`]); `ran` hears
+    /// of each step when it has run.
     ///
     /// # Errors
     /// A tensor fault, or a step that does not decode.
-    pub fn follow(&mut self) -> Result<()> {
+    pub fn follow(&mut self, mut ran: impl FnMut(&StepBatch, Duration)) -> Result<()> {
         loop {
             let bytes = self.broadcast_step(Vec::new());
             if bytes.is_empty() {
@@ -84,7 +96,9 @@ impl ModelRunner {
             }
             let batch: StepBatch = serde_json::from_slice(&bytes)
                 .map_err(|e| Error::fault(format!("a step from the group's leader: {e}")))?;
+            let start = Instant::now();
             self.model.forward(&batch, &mut self.cache)?;
+            ran(&batch, start.elapsed());
         }
     }
 

@@ -1,0 +1,237 @@
+//! What rank 0 checks and decides before anything is staged, so that bad input ends
+//! the job in seconds: the model's files, the prompts, the sampling, the run
+//! directory. The other ranks get the decisions as a [`RunPlan`].
+
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::cli::{self, GenerationConfigSource};
+use crate::commands::generate::Job;
+use crate::commands::launch::Rank;
+use crate::engine::{Mode, SamplingParams};
+use crate::ledger::{self, ExistingRun, RunDir, RunIdentity};
+use crate::model::source::Safetensors;
+use crate::model::tokenizer::Tokenizer;
+use crate::model::{ModelConfig, WeightDtype};
+use crate::prompts::{
+    GenerationConfig, InputIdentity, PromptFormat, PromptReader, ReadOptions, SamplingFlags,
+    generation_config, spool_stdin,
+};
+use crate::stage::manifest::Manifest;
+use crate::{Error, Result, kernels};
+
+/// What every rank needs to know of the run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RunPlan {
+    /// The run directory, absolute.
+    pub run_dir: PathBuf,
+    /// The run's key: OpenAI ids derive from it.
+    pub run_key: String,
+    /// Start of the run's first launch.
+    pub started_unix_seconds: u64,
+    /// Sampling parameters of a record that says nothing itself.
+    pub params: SamplingParams,
+    /// Longest sequence.
+    pub max_seq_len: usize,
+    /// The prompts file's name, for error records.
+    pub prompts_name: String,
+}
+
+/// What rank 0 alone holds of the run.
+pub struct RunOwner {
+    /// The open run directory.
+    pub run: RunDir,
+    /// Opens the input once more, from its start.
+    pub prompts: PromptsSource,
+    /// The model as the user named it.
+    pub model_name: String,
+}
+
+/// Where the prompts are read from (standard input: its copy in the run directory).
+pub struct PromptsSource {
+    path: PathBuf,
+    options: ReadOptions,
+}
+
+impl PromptsSource {
+    /// A reader from the start.
+    ///
+    /// # Errors
+    /// See [`PromptReader::open`].
+    pub fn open(&self) -> Result<PromptReader> {
+        PromptReader::open(&self.path, &self.options)
+    }
+}
+
+/// Checks everything on rank 0 and opens the run directory.
+///
+/// # Errors
+/// Input and usage errors that name the file, the flag or the difference to the run
+/// that the directory holds.
+pub fn plan(job: &Job, rank: &Rank) -> Result<(RunPlan, RunOwner)> {
+    let dir = &job.model.model;
+    let manifest = Manifest::read(dir)?;
+    let config = check_model(job)?;
+    let max_seq_len = max_seq_len(job, &config)?;
+    let params = resolve_sampling(job)?;
+    let (mut prompts, input) = open_prompts(job)?;
+    let identity = RunIdentity {
+        command: job.command.to_owned(),
+        prompts: json!({
+            "size_bytes": input.size_bytes, "modified_ns": input.modified_ns,
+            "digest": input.digest, "format": format!("{:?}", prompts.options.format),
+            "column": prompts.options.prompt_column, "chat": job.input.chat,
+        }),
+        model: manifest.key.clone(),
+        adapter: None,
+        sampling: json!({
+            "params": params, "max_seq_len": max_seq_len,
+            "dtype": job.dtype().map_or("auto", WeightDtype::name),
+        }),
+    };
+    let started = now_unix_seconds();
+    let launch = ledger::Launch {
+        farm_version: env!("CARGO_PKG_VERSION").to_owned(),
+        kernel_tier: kernels::tier().name().to_owned(),
+        slurm_job_id: rank.job.job_id.map(|id| id.to_string()),
+        ranks: rank.world.size(),
+        host: rank.world.host().to_owned(),
+        started_unix_seconds: started,
+    };
+    let path = run_dir_path(job, &identity);
+    let existing = if job.output.force_new { ExistingRun::SetAside } else { ExistingRun::Resume };
+    let run = RunDir::open(&path, &identity, launch, existing)?;
+    run.warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
+    prompts.keep_in(run.path())?;
+    let plan = RunPlan {
+        run_dir: std::path::absolute(run.path()).map_err(|e| Error::io(run.path(), e))?,
+        run_key: identity.short_key(),
+        started_unix_seconds: run.started_unix_seconds(),
+        params,
+        max_seq_len,
+        prompts_name: display_name(&job.input.prompts_file),
+    };
+    Ok((plan, RunOwner { run, prompts, model_name: manifest.name.clone() }))
+}
+
+/// Reads what a load would stumble over: configuration, headers, tokenizer.
+fn check_model(job: &Job) -> Result<ModelConfig> {
+    let dir = &job.model.model;
+    let config = ModelConfig::from_dir(dir)?;
+    config.check_tensor_parallel(job.parallelism.tensor_parallel)?;
+    Safetensors::open(dir, None)?;
+    Tokenizer::from_dir(dir)?;
+    Ok(config)
+}
+
+fn max_seq_len(job: &Job, config: &ModelConfig) -> Result<usize> {
+    let context = config.max_context();
+    match job.model.max_seq_len {
+        Some(n) if n > context => Err(Error::input(format!(
+            "--max-seq-len {n} is more than the model's context of {context}"
+        ))),
+        given => Ok(given.unwrap_or(context)),
+    }
+}
+
+fn resolve_sampling(job: &Job) -> Result<SamplingParams> {
+    let model = match job.sampling.generation_config {
+        GenerationConfigSource::Model => GenerationConfig::from_dir(&job.model.model)?,
+        GenerationConfigSource::Ignore => GenerationConfig::default(),
+    };
+    let flags = &job.sampling;
+    let flags = SamplingFlags {
+        max_new_tokens: flags.max_new_tokens,
+        temperature: flags.temperature,
+        top_p: flags.top_p,
+        top_k: flags.top_k,
+        min_p: flags.min_p,
+        repetition_penalty: flags.repetition_penalty,
+        presence_penalty: flags.presence_penalty,
+        frequency_penalty: flags.frequency_penalty,
+        seed: flags.seed,
+        stop: flags.stop.clone(),
+        ignore_eos: flags.ignore_eos,
+        logprobs: job.record.logprobs,
+        return_token_ids: job.record.return_token_ids,
+    };
+    let params = generation_config::resolve(&flags, &model)?;
+    // A score depends on no sampling parameter: two runs with other defaults are one.
+    Ok(if job.mode == Mode::Score { SamplingParams::default() } else { params })
+}
+
+fn open_prompts(job: &Job) -> Result<(PromptsSource, InputIdentity)> {
+    let format = match job.input.prompts_format {
+        cli::PromptsFormat::Auto => None,
+        cli::PromptsFormat::Txt => Some(PromptFormat::Text),
+        cli::PromptsFormat::Jsonl => Some(PromptFormat::JsonLines),
+        cli::PromptsFormat::Csv => Some(PromptFormat::Csv),
+    };
+    let mut options = ReadOptions {
+        format,
+        prompt_column: job.input.prompt_column.clone(),
+        ..ReadOptions::default()
+    };
+    let file = &job.input.prompts_file;
+    let (path, identity) = if file == Path::new("-") {
+        options.name = Some("-".to_owned());
+        options.format = format.or(Some(PromptFormat::JsonLines));
+        let spool = spool_path(job);
+        let identity = spool_stdin(&spool)?;
+        (spool, identity)
+    } else {
+        (file.clone(), InputIdentity::of_file(file)?)
+    };
+    PromptReader::check(&path, &options)?;
+    Ok((PromptsSource { path, options }, identity))
+}
+
+/// Standard input waits here until the run directory is known.
+fn spool_path(job: &Job) -> PathBuf {
+    let folder = match &job.output.run_dir {
+        Some(dir) => dir.clone(),
+        None => run_folder(job),
+    };
+    folder.join(format!(".stdin-{}", std::process::id()))
+}
+
+impl PromptsSource {
+    /// Moves spooled standard input into the run directory.
+    fn keep_in(&mut self, run_dir: &Path) -> Result<()> {
+        if self.options.name.as_deref() == Some("-") {
+            let kept = run_dir.join("stdin");
+            std::fs::rename(&self.path, &kept).map_err(|error| Error::io(&kept, error))?;
+            self.path = kept;
+        }
+        Ok(())
+    }
+}
+
+fn run_dir_path(job: &Job, identity: &RunIdentity) -> PathBuf {
+    job.output.run_dir.clone().unwrap_or_else(|| {
+        let file = &job.input.prompts_file;
+        let stem = match file.file_stem() {
+            Some(stem) if file != Path::new("-") => stem.to_string_lossy().into_owned(),
+            _ => "stdin".to_owned(),
+        };
+        ledger::default_path(job.output.output.as_deref(), &stem, &identity.short_key())
+    })
+}
+
+/// The folder of default run directories.
+fn run_folder(job: &Job) -> PathBuf {
+    let some_run = ledger::default_path(job.output.output.as_deref(), "", "");
+    some_run.parent().map_or_else(PathBuf::new, Path::to_path_buf)
+}
+
+fn display_name(file: &Path) -> String {
+    file.display().to_string()
+}
+
+/// Seconds since 1970.
+pub fn now_unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
