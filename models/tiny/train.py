@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Makes the tiny demo model in this folder: corpus, tokenizer, training, evaluation, export.
 
-    python models/tiny/train.py train --steps 6000       # writes checkpoints to --work
-    python models/tiny/train.py export                   # writes the model's files beside this script
-    python models/tiny/train.py eval                     # greedy decoding with the exported files
+    python models/tiny/train.py train     # writes checkpoints to --work
+    python models/tiny/train.py export    # writes the model's files beside this script
+    python models/tiny/train.py eval      # greedy decoding with the exported files
 
 Everything is generated here from a fixed seed; there is no outside data. The model is a Llama of
 2.5 million parameters that does small exact tasks (copy, reverse, sort, count, add ...), so that a
@@ -26,6 +26,7 @@ import math
 import os
 import random
 import string
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -537,10 +538,10 @@ def evaluate(args):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=["train", "export", "eval"])
-    p.add_argument("--work", default="tiny-work", help="folder for checkpoints")
+    p.add_argument("--work", default=os.path.join(tempfile.gettempdir(), "farm-tiny"), help="folder for checkpoints")
     p.add_argument("--out", default=str(HERE), help="folder of the exported model")
-    p.add_argument("--steps", type=int, default=6000)
-    p.add_argument("--decay", type=int, default=1200, help="steps of falling learning rate at the end")
+    p.add_argument("--steps", type=int, default=2600)
+    p.add_argument("--decay", type=int, default=850, help="steps of falling learning rate at the end")
     p.add_argument("--warmup", type=int, default=200)
     p.add_argument("--batch", type=int, default=128)
     p.add_argument("--lr", type=float, default=1.5e-3)
