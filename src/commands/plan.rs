@@ -12,7 +12,7 @@ use crate::cli::{self, GenerationConfigSource};
 use crate::commands::generate::Job;
 use crate::commands::launch::Rank;
 use crate::engine::{Mode, SamplingParams};
-use crate::ledger::{self, ExistingRun, RunDir, RunIdentity};
+use crate::ledger::{self, ExistingRun, OrderedOutput, OutputTarget, RunDir, RunIdentity};
 use crate::model::source::Safetensors;
 use crate::model::tokenizer::Tokenizer;
 use crate::model::{ModelConfig, WeightDtype};
@@ -38,6 +38,8 @@ pub struct RunPlan {
     pub max_seq_len: usize,
     /// The prompts file's name, for error records.
     pub prompts_name: String,
+    /// The model's name as answers show it: its directory's.
+    pub model_name: String,
 }
 
 /// What rank 0 alone holds of the run.
@@ -46,8 +48,8 @@ pub struct RunOwner {
     pub run: RunDir,
     /// Opens the input once more, from its start.
     pub prompts: PromptsSource,
-    /// The model as the user named it.
-    pub model_name: String,
+    /// The output, until the work begins.
+    pub output: Option<OrderedOutput>,
 }
 
 /// Where the prompts are read from (standard input: its copy in the run directory).
@@ -72,6 +74,7 @@ impl PromptsSource {
 /// Input and usage errors that name the file, the flag or the difference to the run
 /// that the directory holds.
 pub fn plan(job: &Job, rank: &Rank) -> Result<(RunPlan, RunOwner)> {
+    check_output(job)?;
     let dir = &job.model.model;
     let manifest = Manifest::read(dir)?;
     let config = check_model(job)?;
@@ -103,7 +106,8 @@ pub fn plan(job: &Job, rank: &Rank) -> Result<(RunPlan, RunOwner)> {
     };
     let path = run_dir_path(job, &identity);
     let existing = if job.output.force_new { ExistingRun::SetAside } else { ExistingRun::Resume };
-    let run = RunDir::open(&path, &identity, launch, existing)?;
+    let run = RunDir::open(&path, &identity, launch, existing);
+    let run = run.inspect_err(|_| prompts.discard())?;
     run.warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
     prompts.keep_in(run.path())?;
     let plan = RunPlan {
@@ -112,9 +116,11 @@ pub fn plan(job: &Job, rank: &Rank) -> Result<(RunPlan, RunOwner)> {
         started_unix_seconds: run.started_unix_seconds(),
         params,
         max_seq_len,
-        prompts_name: display_name(&job.input.prompts_file),
+        prompts_name: job.input.prompts_file.display().to_string(),
+        model_name: manifest.name,
     };
-    Ok((plan, RunOwner { run, prompts, model_name: manifest.name.clone() }))
+    let output = Some(open_output(job, &run)?);
+    Ok((plan, RunOwner { run, prompts, output }))
 }
 
 /// Reads what a load would stumble over: configuration, headers, tokenizer.
@@ -185,8 +191,34 @@ fn open_prompts(job: &Job) -> Result<(PromptsSource, InputIdentity)> {
     } else {
         (file.clone(), InputIdentity::of_file(file)?)
     };
-    PromptReader::check(&path, &options)?;
-    Ok((PromptsSource { path, options }, identity))
+    let source = PromptsSource { path, options };
+    PromptReader::check(&source.path, &source.options).inspect_err(|_| source.discard())?;
+    Ok((source, identity))
+}
+
+/// Opened before any work, so that an output that cannot be written costs no staging.
+fn open_output(job: &Job, run: &RunDir) -> Result<OrderedOutput> {
+    let target = match &job.output.output {
+        Some(file) => OutputTarget::File(file.clone()),
+        None => OutputTarget::Stream(Box::new(std::io::stdout())),
+    };
+    OrderedOutput::create(target, &run.spill(), OrderedOutput::EARLY_BYTES_MAX)
+}
+
+/// Refuses an output that would replace the prompts.
+fn check_output(job: &Job) -> Result<()> {
+    let Some(output) = &job.output.output else { return Ok(()) };
+    let same = match (output.canonicalize(), job.input.prompts_file.canonicalize()) {
+        (Ok(output), Ok(prompts)) => output == prompts && prompts.is_file(),
+        _ => false,
+    };
+    if same {
+        let name = output.display();
+        return Err(Error::usage(format!(
+            "--output {name} is the prompts file: give the output another name"
+        )));
+    }
+    Ok(())
 }
 
 /// Standard input waits here until the run directory is known.
@@ -199,9 +231,20 @@ fn spool_path(job: &Job) -> PathBuf {
 }
 
 impl PromptsSource {
+    fn is_spooled(&self) -> bool {
+        self.options.name.as_deref() == Some("-")
+    }
+
+    /// Removes spooled standard input that no run will read.
+    fn discard(&self) {
+        if self.is_spooled() {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+
     /// Moves spooled standard input into the run directory.
     fn keep_in(&mut self, run_dir: &Path) -> Result<()> {
-        if self.options.name.as_deref() == Some("-") {
+        if self.is_spooled() {
             let kept = run_dir.join("stdin");
             std::fs::rename(&self.path, &kept).map_err(|error| Error::io(&kept, error))?;
             self.path = kept;
@@ -225,10 +268,6 @@ fn run_dir_path(job: &Job, identity: &RunIdentity) -> PathBuf {
 fn run_folder(job: &Job) -> PathBuf {
     let some_run = ledger::default_path(job.output.output.as_deref(), "", "");
     some_run.parent().map_or_else(PathBuf::new, Path::to_path_buf)
-}
-
-fn display_name(file: &Path) -> String {
-    file.display().to_string()
 }
 
 /// Seconds since 1970.
