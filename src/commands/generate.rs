@@ -181,7 +181,9 @@ impl Job {
         };
         let staged = stage::stage(topology, &options)?;
         events.emit(start.elapsed(), "stage", json!(staged.report));
-        if let (Some(reason), 0) = (&staged.report.in_place, topology.world.rank()) {
+        if let (Some(reason), 0, false) =
+            (&staged.report.in_place, topology.world.rank(), self.staging.no_stage)
+        {
             tracing::warn!("the model is read where it lies: {reason}");
         }
         Ok(staged)

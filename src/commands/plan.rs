@@ -182,18 +182,18 @@ fn open_prompts(job: &Job) -> Result<(PromptsSource, InputIdentity)> {
         ..ReadOptions::default()
     };
     let file = &job.input.prompts_file;
-    let (path, identity) = if file == Path::new("-") {
+    if file == Path::new("-") {
         options.name = Some("-".to_owned());
         options.format = format.or(Some(PromptFormat::JsonLines));
-        let spool = spool_path(job);
-        let identity = spool_stdin(&spool)?;
-        (spool, identity)
-    } else {
-        (file.clone(), InputIdentity::of_file(file)?)
-    };
-    let source = PromptsSource { path, options };
-    PromptReader::check(&source.path, &source.options).inspect_err(|_| source.discard())?;
-    Ok((source, identity))
+        let path = spool_path(job);
+        let identity = spool_stdin(&path)?;
+        let source = PromptsSource { path, options };
+        PromptReader::check(&source.path, &source.options).inspect_err(|_| source.discard())?;
+        return Ok((source, identity));
+    }
+    PromptReader::check(file, &options)?;
+    let identity = InputIdentity::of_file(file)?;
+    Ok((PromptsSource { path: file.clone(), options }, identity))
 }
 
 /// Opened before any work, so that an output that cannot be written costs no staging.
