@@ -374,16 +374,6 @@ impl Cli {
         Self::from_arg_matches(&matches).map_err(|error| error.format(&mut command))
     }
 
-    /// The flags of the log, for the commands that have them.
-    pub fn log(&self) -> Option<&LogArgs> {
-        match &self.command {
-            Command::Generate(args) => Some(&args.log),
-            Command::Score(args) => Some(&args.log),
-            Command::Stage(args) => Some(&args.log),
-            Command::Report(_) => None,
-        }
-    }
-
     /// Exit code of a run that was stopped early.
     pub fn interrupted_exit_code(&self) -> i32 {
         match &self.command {

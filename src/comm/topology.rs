@@ -31,16 +31,6 @@ impl GroupLayout {
         Ok(Self { world_size, tensor_parallel_size })
     }
 
-    /// Ranks of one tensor-parallel group.
-    pub fn tensor_parallel_size(&self) -> usize {
-        self.tensor_parallel_size
-    }
-
-    /// Number of tensor-parallel groups, each a whole model.
-    pub fn num_groups(&self) -> usize {
-        self.world_size / self.tensor_parallel_size
-    }
-
     /// The group that world rank `rank` belongs to.
     pub fn group(&self, rank: usize) -> usize {
         rank / self.tensor_parallel_size
@@ -49,11 +39,6 @@ impl GroupLayout {
     /// The place of world rank `rank` in its group.
     pub fn tensor_parallel_rank(&self, rank: usize) -> usize {
         rank % self.tensor_parallel_size
-    }
-
-    /// World ranks of the groups' leaders, rank 0 first.
-    pub fn leaders(&self) -> impl Iterator<Item = usize> {
-        (0..self.world_size).step_by(self.tensor_parallel_size)
     }
 }
 
@@ -108,11 +93,6 @@ impl Topology {
         })
     }
 
-    /// This rank's place on its node.
-    pub fn local_rank(&self) -> usize {
-        self.node.rank()
-    }
-
     /// Whether this rank leads its node.
     pub fn is_node_leader(&self) -> bool {
         self.leaders.is_some()
@@ -142,8 +122,8 @@ mod tests {
             let layout = GroupLayout::new(world, size).unwrap();
             let got: Vec<usize> = (0..world).map(|rank| layout.group(rank)).collect();
             assert_eq!(got, groups, "world {world}, tensor parallel {size}");
-            assert_eq!(layout.leaders().collect::<Vec<_>>(), leaders);
-            assert_eq!(layout.num_groups(), leaders.len());
+            let heads = (0..world).filter(|&rank| layout.tensor_parallel_rank(rank) == 0);
+            assert_eq!(heads.collect::<Vec<_>>(), leaders);
         }
     }
 
@@ -164,7 +144,7 @@ mod tests {
             (
                 topology.node_index,
                 topology.num_nodes,
-                topology.local_rank(),
+                topology.node.rank(),
                 topology.is_node_leader(),
                 topology.leaders.as_ref().map(|leaders| leaders.rank()),
             )

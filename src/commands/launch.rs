@@ -79,7 +79,7 @@ fn on_processes(
     let name = || RankName { rank: comm.rank(), host: comm.host().to_owned() };
     let prepared =
         logging::init(start.log.log_format, start.log.quiet, (comm.size() > 1).then(name))
-            .and_then(|()| Ok(RankCpus::probe(&job)));
+            .map(|()| RankCpus::probe(&job));
     let run = || {
         let cpus = agree(&*comm, prepared)?;
         let threads = agree(&*comm, start_threads(start, &*comm.split_shared_memory(), &cpus))?;

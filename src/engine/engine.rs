@@ -236,13 +236,6 @@ impl<R: Runner> Engine<R> {
         self.scheduler.running().len()
     }
 
-    /// Tokens still to compute if every sequence runs to its limit: an upper
-    /// estimate of the work left. Takes time linear in the number of sequences.
-    pub fn estimated_remaining_tokens(&self) -> usize {
-        let sequences = self.scheduler.running().iter().chain(self.scheduler.waiting());
-        sequences.map(Sequence::num_remaining_tokens).sum()
-    }
-
     /// The longest sequence, prompt and new tokens together, that model and KV
     /// cache allow.
     pub fn max_seq_len(&self) -> usize {
@@ -252,11 +245,6 @@ impl<R: Runner> Engine<R> {
     /// Sums over all steps so far.
     pub fn counters(&self) -> EngineCounters {
         self.counters
-    }
-
-    /// The model.
-    pub fn runner(&self) -> &R {
-        &self.runner
     }
 
     /// The model, to drive it outside of steps.

@@ -61,19 +61,6 @@ pub struct Score {
     pub token_logprobs: Vec<f64>,
 }
 
-impl Score {
-    /// Log-probability of the whole prompt given its first token.
-    pub fn logprob(&self) -> f64 {
-        self.token_logprobs.iter().sum()
-    }
-
-    /// `exp(-logprob / tokens)`; `None` where no token was scored.
-    pub fn perplexity(&self) -> Option<f64> {
-        let tokens = self.token_logprobs.len();
-        (tokens > 0).then(|| (-self.logprob() / tokens as f64).exp())
-    }
-}
-
 /// A finished sequence.
 #[derive(Debug, Clone, PartialEq)]
 pub struct EngineOutput {
@@ -93,17 +80,4 @@ pub struct EngineOutput {
     pub score: Option<Score>,
     /// Number of prompt tokens.
     pub prompt_tokens: usize,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn perplexity_is_the_inverse_geometric_mean_probability() {
-        let score = Score { token_logprobs: vec![0.5f64.ln(), 0.125f64.ln()] };
-        assert!((score.logprob() - 0.0625f64.ln()).abs() < 1e-12);
-        assert!((score.perplexity().unwrap() - 4.0).abs() < 1e-12);
-        assert_eq!(Score::default().perplexity(), None);
-    }
 }

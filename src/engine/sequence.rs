@@ -173,11 +173,6 @@ impl Sequence {
             && self.num_computed_tokens + 1 == self.token_ids.len()
     }
 
-    /// Tokens still to be computed at most: an estimate of the work left.
-    pub fn num_remaining_tokens(&self) -> usize {
-        self.max_len - self.num_computed_tokens
-    }
-
     /// The next chunk within `max_tokens` rows, of which `max_scored_rows` want
     /// logits for scoring. What was scored before a preemption is not again.
     pub fn next_chunk(&self, max_tokens: usize, max_scored_rows: usize) -> Chunk {

@@ -224,14 +224,12 @@ fn preemption_happens_and_is_counted() {
     for key in 0..8 {
         engine.add(request(key, &[key as u32, 1, 2], params.clone()));
     }
-    assert_eq!(engine.estimated_remaining_tokens(), 8 * 43);
     let outputs = run_to_end(&mut engine);
     assert_eq!(outputs.len(), 8);
     let counters = engine.counters();
     assert!(counters.preemptions > 0);
     assert!(counters.prefill_tokens > 8 * 3, "recomputed rows count as prefill");
     assert!(counters.batch_size_sum >= counters.steps);
-    assert_eq!(engine.estimated_remaining_tokens(), 0);
 }
 
 #[test]

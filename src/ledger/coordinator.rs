@@ -87,11 +87,6 @@ impl Coordinator {
         self.handout.counts()
     }
 
-    /// Lines written to the output so far.
-    pub fn output_counts(&self) -> OutputCounts {
-        self.output.counts()
-    }
-
     /// After [`WorkerLink::close`]: completes the output if every record is done. `None` if
     /// the run stopped early; `FILE.partial` then holds what is finished in order.
     pub fn finish(mut self) -> Result<Option<OutputCounts>> {

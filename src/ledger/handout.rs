@@ -249,11 +249,6 @@ impl Handout {
         }
     }
 
-    /// Measured speed of a worker in cost a second, once it is known.
-    pub fn rate(&self, worker: usize) -> Option<f64> {
-        self.workers[worker].speed.known()
-    }
-
     /// Notes what `worker` is doing; `received_records` counts all that ever reached it, so
     /// that blocks still under way are not asked for twice.
     pub fn report(&mut self, worker: usize, load: Load, received_records: u64, now_seconds: f64) {
@@ -302,6 +297,7 @@ impl Handout {
     }
 
     /// [`Handout::report`] and [`Handout::next_block`] at once.
+    #[cfg(test)]
     pub fn ask(&mut self, worker: usize, load: Load, received: u64, now_seconds: f64) -> Reply {
         self.report(worker, load, received, now_seconds);
         self.next_block(worker, now_seconds)

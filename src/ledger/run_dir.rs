@@ -207,21 +207,6 @@ impl RunDir {
     pub fn spill(&self) -> PathBuf {
         self.path.join("spill")
     }
-
-    /// The job's statistics.
-    pub fn stats_json(&self) -> PathBuf {
-        self.path.join("stats.json")
-    }
-
-    /// Statistics, a row a rank.
-    pub fn ranks_csv(&self) -> PathBuf {
-        self.path.join("ranks.csv")
-    }
-
-    /// The job's events.
-    pub fn events_jsonl(&self) -> PathBuf {
-        self.path.join("events.jsonl")
-    }
 }
 
 fn new_run(path: &Path, parts: &Path, identity: &RunIdentity) -> Result<RunFile> {

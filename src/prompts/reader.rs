@@ -16,7 +16,6 @@ use std::io::{self, BufRead, BufReader};
 use std::path::Path;
 
 use super::csv_rows::{CsvRows, is_blank, too_long};
-use super::identity::InputIdentity;
 use super::lines::{Line, Lines, without_terminator};
 use super::{RawBody, RawRecord};
 use crate::{Error, Result};
@@ -162,11 +161,6 @@ impl PromptReader {
                 reader.name
             ))),
         }
-    }
-
-    /// What tells this file from another; see [`InputIdentity`].
-    pub fn identity(path: &Path) -> Result<InputIdentity> {
-        InputIdentity::of_file(path)
     }
 
     /// The file's name, as messages and error records show it.
