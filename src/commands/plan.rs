@@ -54,6 +54,17 @@ pub struct RunOwner {
 pub struct PromptsSource {
     path: PathBuf,
     options: ReadOptions,
+    spool: Option<Spool>,
+}
+
+/// The copy of standard input until it is moved into the run directory: gone if the run
+/// is refused before.
+struct Spool(PathBuf);
+
+impl Drop for Spool {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
 
 impl PromptsSource {
@@ -176,34 +187,36 @@ fn open_prompts(job: &Job) -> Result<(PromptsSource, InputIdentity)> {
         ..ReadOptions::default()
     };
     let file = &job.input.prompts_file;
-    let (path, identity) = if file == Path::new("-") {
+    let (path, identity, spool) = if file == Path::new("-") {
         options.name = Some("-".to_owned());
         options.format = format.or(Some(PromptFormat::JsonLines));
-        let spool = spool_path(job);
-        let identity = spool_stdin(&spool)?;
-        (spool, identity)
+        let path = spool_path(job)?;
+        let spool = Spool(path.clone());
+        let identity = spool_stdin(&path)?;
+        (path, identity, Some(spool))
     } else {
-        (file.clone(), InputIdentity::of_file(file)?)
+        (file.clone(), InputIdentity::of_file(file)?, None)
     };
     PromptReader::check(&path, &options)?;
-    Ok((PromptsSource { path, options }, identity))
+    Ok((PromptsSource { path, options, spool }, identity))
 }
 
-/// Standard input waits here until the run directory is known.
-fn spool_path(job: &Job) -> PathBuf {
+/// Standard input waits here until the run directory is known. The folder is created.
+fn spool_path(job: &Job) -> Result<PathBuf> {
     let folder = match &job.output.run_dir {
         Some(dir) => dir.clone(),
         None => run_folder(job),
     };
-    folder.join(format!(".stdin-{}", std::process::id()))
+    std::fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
+    Ok(folder.join(format!(".stdin-{}", std::process::id())))
 }
 
 impl PromptsSource {
     /// Moves spooled standard input into the run directory.
     fn keep_in(&mut self, run_dir: &Path) -> Result<()> {
-        if self.options.name.as_deref() == Some("-") {
+        if let Some(spool) = self.spool.take() {
             let kept = run_dir.join("stdin");
-            std::fs::rename(&self.path, &kept).map_err(|error| Error::io(&kept, error))?;
+            std::fs::rename(&spool.0, &kept).map_err(|error| Error::io(&kept, error))?;
             self.path = kept;
         }
         Ok(())
