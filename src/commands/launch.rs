@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use crate::cli::{LogArgs, ParallelismArgs};
-use crate::comm::{Communicator, Launch, LocalComm, World, agree, world};
+use crate::comm::{Communicator, Launch, LaunchKind, LocalComm, World, agree, world};
 use crate::commands::logging::{self, RankName};
 use crate::slurm::{
     JobEnv, RankCpus, guess_threads, init_threads, launcher_local_ranks, limit_library_threads,
@@ -55,17 +55,28 @@ pub fn on_ranks(start: &Start, body: impl Fn(&Rank) -> Result<i32> + Sync) -> Re
     // SAFETY: nothing has started a thread yet.
     unsafe { limit_library_threads(guess) };
     let launch = Launch::of_this_process();
-    match start.local_ranks {
-        Some(ranks) if ranks > 1 => on_threads(start, &job, &launch, ranks, body),
+    let threads = start.local_ranks.filter(|&ranks| ranks > 1);
+    match (threads, launch.kind()) {
+        (Some(ranks), LaunchKind::Alone) => on_threads(start, &job, ranks, body),
         _ => {
             let world = world(&launch).inspect_err(|error| {
                 if launch.is_first_task() {
                     print_error(error);
                 }
             })?;
-            on_processes(start, job, &world, body)
+            on_processes(start, job, &world, |rank| {
+                threads.map_or(Ok(()), refuse_local_ranks)?;
+                body(rank)
+            })
         }
     }
+}
+
+fn refuse_local_ranks(ranks: usize) -> Result<()> {
+    Err(Error::usage(format!(
+        "--local-ranks {ranks} is for a start without srun or mpirun; a launcher makes the ranks \
+         itself (-n {ranks})"
+    )))
 }
 
 fn on_processes(
@@ -106,17 +117,10 @@ fn start_threads(start: &Start, node: &dyn Communicator, cpus: &RankCpus) -> Res
 fn on_threads(
     start: &Start,
     job: &JobEnv,
-    launch: &Launch,
     ranks: usize,
     body: impl Fn(&Rank) -> Result<i32> + Sync,
 ) -> Result<i32> {
     let prepare = || {
-        if !matches!(launch.kind(), crate::comm::LaunchKind::Alone) {
-            return Err(Error::usage(format!(
-                "--local-ranks {ranks} is for a start without srun or mpirun; a launcher makes \
-                 the ranks itself (-n {ranks})"
-            )));
-        }
         logging::init(start.log.log_format, start.log.quiet, None)?;
         let threads = start.threads.unwrap_or_else(|| threads_for_rank(&[RankCpus::probe(job)], 0));
         init_threads(threads)?;
