@@ -88,6 +88,7 @@ pub fn plan(job: &Job, rank: &Rank) -> Result<(RunPlan, RunOwner)> {
     let config = check_model(job)?;
     let max_seq_len = max_seq_len(job, &config)?;
     let params = resolve_sampling(job)?;
+    check_output(job)?;
     let (mut prompts, input) = open_prompts(job)?;
     let identity = RunIdentity {
         command: job.command.to_owned(),
@@ -172,6 +173,28 @@ fn resolve_sampling(job: &Job) -> Result<SamplingParams> {
     let params = generation_config::resolve(&flags, &model)?;
     // A score depends on no sampling parameter: two runs with other defaults are one.
     Ok(if job.mode == Mode::Score { SamplingParams::default() } else { params })
+}
+
+/// Before anything is staged: an output that cannot be, or that would take the prompts'
+/// place.
+fn check_output(job: &Job) -> Result<()> {
+    let Some(output) = &job.output.output else { return Ok(()) };
+    let refused = |why| Error::input(format!("--output {}: {why}", output.display()));
+    if output.is_dir() {
+        return Err(refused("is a directory; give the name of a file"));
+    }
+    let mut partial = output.clone().into_os_string();
+    partial.push(".partial");
+    let prompts = std::fs::canonicalize(&job.input.prompts_file);
+    let is_prompts = |path: &Path| {
+        prompts.as_ref().is_ok_and(|prompts| {
+            prompts.is_file() && std::fs::canonicalize(path).is_ok_and(|path| path == *prompts)
+        })
+    };
+    if is_prompts(output) || is_prompts(Path::new(&partial)) {
+        return Err(refused("would overwrite the prompts file; give another name"));
+    }
+    Ok(())
 }
 
 fn open_prompts(job: &Job) -> Result<(PromptsSource, InputIdentity)> {

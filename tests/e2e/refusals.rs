@@ -176,6 +176,29 @@ fn a_wrong_command_line_is_refused() {
     }
 }
 
+/// A slip in the command line must not cost the user the prompts.
+#[test]
+fn an_output_in_the_place_of_the_prompts_or_of_a_directory_is_refused() {
+    let scratch = Scratch::new();
+    let prompts = scratch.file("prompts.txt", "The cat\n");
+    let partial = scratch.file("answers.partial", "The cat\n");
+    let folder = scratch.path("folder");
+    fs::create_dir(&folder).expect("a folder");
+    let link = scratch.path("link");
+    std::os::unix::fs::symlink(&prompts, &link).expect("a link");
+    let cases = [
+        (&prompts, prompts.clone(), "overwrite"),
+        (&prompts, link, "overwrite"),
+        (&partial, scratch.path("answers"), "overwrite"),
+        (&prompts, folder, "directory"),
+    ];
+    for (prompts, output, what) in cases {
+        let farm = scratch.farm("run", Launch::Alone, "generate").model(golden("llama_gqa"));
+        refused(&farm.prompts(prompts).flag("--output", output), 3, what);
+        assert_eq!(fs::read_to_string(prompts).expect("the prompts"), "The cat\n");
+    }
+}
+
 /// `farm` alone says how it is used.
 #[test]
 fn no_argument_is_a_wrong_command_line() {
