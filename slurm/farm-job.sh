@@ -148,9 +148,8 @@ farm_job() {
     farm_choose_launcher || return
     farm_say "job $(farm_job_id) on ${SLURM_JOB_NODELIST:-?}, start $((${SLURM_RESTART_COUNT:-0} + 1)), by" \
         "${FARM_LAUNCHER:-srun}: farm ${farm_arguments[*]}"
-    # Slurm's mixed fence, its default, lets a rank leave MPI_Init before all are ready; with Open MPI 4 over TCP
-    # some runs in a hundred then crash at the start when the nodes are busy.
-    export SLURM_PMIX_FENCE=${SLURM_PMIX_FENCE:-tree}
+    # Slurm's tree fence, a part of its default, does not wait for a late rank, which then crashes in MPI_Init.
+    export SLURM_PMIX_FENCE=${SLURM_PMIX_FENCE:-ring}
     # A restarted job goes on where it was; where there is nothing yet, this starts a run.
     export FARM_RESUME=${FARM_RESUME:-true}
     farm_cancelled=0
