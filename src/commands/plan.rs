@@ -132,6 +132,13 @@ pub fn plan(job: &Job, rank: &Rank) -> Result<(RunPlan, RunOwner)> {
 /// Reads what a load would stumble over: configuration, headers, tokenizer.
 fn check_model(job: &Job) -> Result<ModelConfig> {
     let dir = &job.model.model;
+    if dir.is_file() {
+        return Err(Error::input(format!(
+            "--model {}: a single file is not read yet (GGUF); give a directory with config.json, \
+             tokenizer.json and *.safetensors",
+            dir.display()
+        )));
+    }
     let config = ModelConfig::from_dir(dir)?;
     config.check_tensor_parallel(job.parallelism.tensor_parallel)?;
     Safetensors::open(dir, None)?;
