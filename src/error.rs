@@ -5,6 +5,7 @@
 //! as bytes (see [`crate::comm::agree`]), so it holds no live sources.
 
 use std::fmt;
+use std::io::Write as _;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -76,6 +77,12 @@ impl Error {
         self.message = format!("{context}: {}", self.message);
         self
     }
+}
+
+/// Writes a line to stderr. Where that fails (its disk is full, nobody reads it any more)
+/// the line is lost and the run goes on: `eprintln` would panic and end the job.
+pub(crate) fn say(line: impl fmt::Display) {
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
 }
 
 impl From<candle_core::Error> for Error {

@@ -17,6 +17,7 @@ pub mod comm;
 pub mod commands;
 pub mod engine;
 pub mod error;
+pub mod files;
 pub mod kernels;
 pub mod ledger;
 pub mod model;

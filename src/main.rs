@@ -2,5 +2,8 @@
 
 fn main() {
     let cli = farm::cli::Cli::parse_or_exit();
-    std::process::exit(farm::commands::run(&cli));
+    // A panic, already printed, is an unexpected fault to whoever reads the exit code.
+    let fault = farm::ErrorKind::Fault.exit_code();
+    let code = std::panic::catch_unwind(|| farm::commands::run(&cli)).unwrap_or(fault);
+    std::process::exit(code);
 }

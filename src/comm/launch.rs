@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::{Communicator, LocalComm};
+use crate::error::say;
 use crate::{Error, Result};
 
 /// Variables that only a launcher sets, each in the processes it starts: Open MPI's
@@ -192,7 +193,7 @@ fn abort_on_panic(comm: Arc<dyn Communicator>) {
     std::panic::set_hook(Box::new(move |info| {
         print_panic(info);
         let (rank, host) = (comm.rank(), comm.host());
-        eprintln!("farm: rank {rank} on {host} panicked; the job ends");
+        say(format_args!("farm: rank {rank} on {host} panicked; the job ends"));
         comm.abort(crate::ErrorKind::Fault.exit_code());
     }));
 }

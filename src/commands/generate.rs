@@ -1,14 +1,13 @@
 //! `farm generate` and `farm score`: the main job, from a prompts file to ordered
 //! JSONL and statistics.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use crate::cli::{self, GenerateArgs, ScoreArgs};
-use crate::comm::{Topology, agree, broadcast_vec};
+use crate::comm::{Communicator, Topology, agree, broadcast_vec};
 use crate::commands::launch::Rank;
 use crate::commands::load::{Decoder, Loaded, load};
 use crate::commands::plan::{RunOwner, RunPlan, plan};
@@ -17,11 +16,12 @@ use crate::commands::signals::StopSignal;
 use crate::commands::summary::{self, Phases};
 use crate::commands::work::{Metered, Worker, progress_state};
 use crate::engine::{Engine, EngineConfig, Mode};
-use crate::error::EXIT_SOME_RECORDS_FAILED;
+use crate::error::{EXIT_SOME_RECORDS_FAILED, say};
+use crate::ledger::parts::Stored;
 use crate::ledger::record::RunInfo;
 use crate::ledger::{
-    Coordinator, Handout, HandoutConfig, OrderedOutput, OutputCounts, OutputTarget, PartWriter,
-    RemoteLink, RunDir, WorkerLink, estimate_cost,
+    Coordinator, Handout, HandoutConfig, OutputCounts, PartWriter, RemoteLink, RunDir, WorkerLink,
+    estimate_cost,
 };
 use crate::model::{ModelRunner, WeightDtype};
 use crate::stage::{self, StageFallback, StageOptions, Staged};
@@ -109,13 +109,13 @@ impl Job {
         world.barrier();
         let start = Instant::now();
         let mut phases = Phases::default();
-        let stop = agree(world, StopSignal::listen())?;
+        let stop = agree(world, StopSignal::listen(self.output.interrupted_exit_code.into()))?;
         agree(world, pin_kernels(self.model.kernel_tier))?;
         let mut events = EventLog::new(world.rank(), world.host());
         events.emit(start.elapsed(), events::START, json!({ "ranks": world.size() }));
 
         let topology = Topology::new(rank.world.clone(), self.parallelism.tensor_parallel)?;
-        let (plan, owner) = self.plan_together(rank)?;
+        let (plan, mut owner) = self.plan_together(rank)?;
         let attached = owner.as_ref().map_or(Ok(()), |_| events.attach(&plan.run_dir));
         agree(world, attached)?;
         phases.start_seconds = start.elapsed().as_secs_f64();
@@ -123,7 +123,11 @@ impl Job {
         let staged = self.stage(&topology, &mut events, start)?;
         phases.stage_seconds = start.elapsed().as_secs_f64() - phases.start_seconds;
 
-        let loaded = agree(world, load(self, rank, &topology, &plan, &staged))?;
+        // What a signal asked for meanwhile: loading could take longer than its grace time.
+        let asked = if stop.is_set() { Err(interrupted()) } else { Ok(()) };
+        agree(world, asked)?;
+
+        let loaded = load(self, rank, &topology, &plan, &staged)?;
         phases.ready_at_seconds = start.elapsed().as_secs_f64();
         phases.load_seconds = phases.ready_at_seconds - phases.start_seconds - phases.stage_seconds;
         phases.weight_bytes = loaded.runner.weight_bytes();
@@ -132,32 +136,37 @@ impl Job {
 
         let mut meter = Meter::new(model_cost(&loaded.runner));
         let run = Run { job: self, topology: &topology, plan: &plan, stop: &stop, start };
-        let outcome = run.work(loaded, owner.as_ref(), &mut meter, &mut events);
+        let outcome = run.work(loaded, owner.as_mut(), &mut meter, &mut events);
         // Statistics are written also after a failure; its error counts more than theirs.
         let closed = run.close(rank, owner.as_ref(), &staged, &phases, meter, events, &outcome);
         staged.finish(&topology);
-        let code = outcome.and_then(|ended| match world.rank() {
-            0 => exit_code(ended),
-            _ => Ok(0),
-        });
-        let code = agree(world, code.and_then(|code| closed.map(|()| code)))?;
-        let code = broadcast_vec(world, 0, code.to_le_bytes().to_vec());
-        Ok(i32::from_le_bytes(code.try_into().unwrap_or_default()))
+        // A fault on any rank counts more than that the run stopped for it.
+        let ended = agree(world, outcome.and_then(|ended| closed.map(|()| ended)))?;
+        let code = broadcast_vec(world, 0, ended.exit_code().to_le_bytes().to_vec());
+        match i32::from_le_bytes(code.try_into().unwrap_or_default()) {
+            STOPPED => Err(interrupted()),
+            code => Ok(code),
+        }
     }
 
-    /// Rank 0 plans; all get the plan or the error.
+    /// Rank 0 plans; all get the plan or the error, which is no matter of rank 0: its
+    /// message stays without it.
     fn plan_together(&self, rank: &Rank) -> Result<(RunPlan, Option<RunOwner>)> {
         let world = &*rank.world;
         let planned = match world.rank() {
             0 => plan(self, rank).map(Some),
             _ => Ok(None),
         };
-        let planned = agree(world, planned)?;
-        let mine = planned.as_ref().map(|(plan, _)| serde_json::to_vec(plan));
-        let bytes =
-            broadcast_vec(world, 0, mine.transpose().map_err(Error::fault)?.unwrap_or_default());
-        let plan = serde_json::from_slice(&bytes).map_err(Error::fault);
-        Ok((agree(world, plan)?, planned.map(|(_, owner)| owner)))
+        let (plan, owner) = match planned {
+            Ok(planned) => {
+                planned.map_or((Ok(None), None), |(p, owner)| (Ok(Some(p)), Some(owner)))
+            }
+            Err(error) => (Err(error), None),
+        };
+        let bytes = serde_json::to_vec(&plan).unwrap_or_default();
+        let plan = serde_json::from_slice(&broadcast_vec(world, 0, bytes)).map_err(Error::fault);
+        let plan: Result<Option<RunPlan>> = agree(world, plan)?;
+        Ok((plan?.ok_or_else(|| Error::fault("rank 0 sent no plan"))?, owner))
     }
 
     fn stage(&self, topology: &Topology, events: &mut EventLog, start: Instant) -> Result<Staged> {
@@ -218,14 +227,23 @@ pub struct Ended {
     pub records_resumed: u64,
 }
 
-fn exit_code(ended: Ended) -> Result<i32> {
-    match ended.written {
-        Some(counts) if counts.errors > 0 => Ok(EXIT_SOME_RECORDS_FAILED),
-        Some(_) => Ok(0),
-        None => Err(Error {
-            kind: ErrorKind::Interrupted,
-            message: "stopped before the end; the same command goes on where it stopped".into(),
-        }),
+/// Stands for an exit code where the run stopped early.
+const STOPPED: i32 = -1;
+
+impl Ended {
+    fn exit_code(self) -> i32 {
+        match self.written {
+            Some(counts) if counts.errors > 0 => EXIT_SOME_RECORDS_FAILED,
+            Some(_) => 0,
+            None => STOPPED,
+        }
+    }
+}
+
+fn interrupted() -> Error {
+    Error {
+        kind: ErrorKind::Interrupted,
+        message: "stopped before the end; the same command goes on where it stopped".into(),
     }
 }
 
@@ -239,18 +257,52 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Works until the run's end: leaders generate, the others follow their leader.
+    /// Works until the run's end: leaders generate, the others follow their leader. What
+    /// can fail before that is agreed on by the world: a follower waits for its leader.
     fn work(
         &self,
         loaded: Loaded,
-        owner: Option<&RunOwner>,
+        mut owner: Option<&mut RunOwner>,
         meter: &mut Meter,
         events: &mut EventLog,
     ) -> Result<Ended> {
-        let outcome = match &self.topology.data_parallel {
-            Some(_) => self.lead(loaded, owner, meter, events),
-            None => {
-                self.follow(loaded, meter);
+        let world = &*self.topology.world;
+        let leaders = self.topology.data_parallel.as_ref();
+        // Rank 0 cuts torn tails before any rank appends.
+        let stored = agree(world, owner.as_ref().map(|owner| owner.run.stored()).transpose())?;
+        let part = leaders
+            .map(|all| PartWriter::open(&RunDir::parts_of(&self.plan.run_dir), all.rank()))
+            .transpose();
+        let part = agree(world, part)?;
+        let coordinator = owner
+            .as_deref_mut()
+            .zip(leaders)
+            .map(|(owner, all)| self.coordinator(all.clone(), owner, stored.unwrap_or_default()))
+            .transpose();
+        let coordinator = agree(world, coordinator)?;
+        let Loaded { runner, preparer, eos_token_ids } = loaded;
+        let (engine, follower) = match leaders {
+            Some(_) => (self.engine(runner, &preparer, eos_token_ids).map(Some), None),
+            None => (Ok(None), Some(runner)),
+        };
+        let engine = agree(world, engine)?;
+        let outcome = match (leaders, engine, part) {
+            (Some(leaders), Some(engine), Some(mut part)) => {
+                let worker = Worker {
+                    engine,
+                    records: Records::new(self.job.mode, self.run_info(), preparer),
+                    part: &mut part,
+                    slots: self.job.model.max_batch_size,
+                    meter,
+                    events: &mut *events,
+                    progress: None,
+                    stop: self.stop,
+                    start: self.start,
+                };
+                self.lead(worker, leaders.clone(), coordinator)
+            }
+            _ => {
+                follower.into_iter().for_each(|runner| self.follow(runner, meter));
                 Ok(Ended::default())
             }
         };
@@ -259,56 +311,29 @@ impl Run<'_> {
     }
 
     /// A follower that cannot go on leaves its leader in the middle of a sum: the job ends.
-    fn follow(&self, loaded: Loaded, meter: &mut Meter) {
-        let mut runner = loaded.runner;
+    fn follow(&self, mut runner: ModelRunner, meter: &mut Meter) {
         let ran = |batch: &_, took: Duration| {
             meter.step(&StepWork::of(batch), took, self.start.elapsed());
         };
         if let Err(error) = runner.follow(ran) {
             let world = &self.topology.world;
-            eprintln!("farm: error: rank {} on {}: {error}", world.rank(), world.host());
+            say(format_args!("farm: error: rank {} on {}: {error}", world.rank(), world.host()));
             world.abort(error.kind.exit_code());
         }
     }
 
     fn lead(
         &self,
-        loaded: Loaded,
-        owner: Option<&RunOwner>,
-        meter: &mut Meter,
-        events: &mut EventLog,
+        mut worker: Worker,
+        leaders: Arc<dyn Communicator>,
+        coordinator: Option<Coordinator>,
     ) -> Result<Ended> {
-        let leaders = self.topology.data_parallel.clone().expect("a leader");
-        let stored = agree(&*leaders, owner.map(|owner| owner.run.stored()).transpose())?;
-        let part = PartWriter::open(&RunDir::parts_of(&self.plan.run_dir), leaders.rank());
-        let mut part = agree(&*leaders, part)?;
-        let engine = self.engine(loaded.runner, &loaded.preparer, loaded.eos_token_ids);
-        let run_info = RunInfo {
-            key: self.plan.run_key.clone(),
-            created_unix_seconds: self.plan.started_unix_seconds,
-            model: self.job.model_name(),
-        };
-        let mut worker = Worker {
-            engine: agree(&*leaders, engine)?,
-            records: Records::new(self.job.mode, run_info, loaded.preparer),
-            part: &mut part,
-            slots: self.job.model.max_batch_size,
-            meter,
-            events,
-            progress: None,
-            stop: self.stop,
-            start: self.start,
-        };
-        let (Some(owner), Some(stored)) = (owner, stored) else {
-            agree(&*leaders, Ok(()))?;
+        let Some(mut coordinator) = coordinator else {
             let mut link = RemoteLink::new(leaders);
             let worked = worker.run(&mut link);
             let closed = link.close();
             return worked.and(closed).map(|()| Ended::default());
         };
-        stored.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
-        let coordinator = self.coordinator(leaders.clone(), owner, stored);
-        let mut coordinator = agree(&*leaders, coordinator)?;
         worker.progress = coordinator.progress().map(|state| {
             let mode = self.job.output.progress(&self.job.log);
             Progress::new(mode, self.start.elapsed(), progress_state(state))
@@ -323,6 +348,14 @@ impl Run<'_> {
             records_total: progress.records_total,
             records_resumed,
         })
+    }
+
+    fn run_info(&self) -> RunInfo {
+        RunInfo {
+            key: self.plan.run_key.clone(),
+            created_unix_seconds: self.plan.started_unix_seconds,
+            model: self.plan.model_name.clone(),
+        }
     }
 
     fn engine(
@@ -344,20 +377,16 @@ impl Run<'_> {
     /// Rank 0's hand-out, with what earlier launches have finished.
     fn coordinator(
         &self,
-        leaders: Arc<dyn crate::comm::Communicator>,
-        owner: &RunOwner,
-        stored: crate::ledger::parts::Stored,
+        leaders: Arc<dyn Communicator>,
+        owner: &mut RunOwner,
+        stored: Stored,
     ) -> Result<Coordinator> {
+        stored.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         let workers = leaders.size();
         let config = HandoutConfig::for_workers(workers);
         let handout = Handout::new(config, workers, stored.indices());
-        let target = match &self.job.output.output {
-            Some(file) => OutputTarget::File(file.clone()),
-            None => OutputTarget::Stream(Box::new(std::io::stdout())),
-        };
-        let output =
-            OrderedOutput::create(target, &owner.run.spill(), OrderedOutput::EARLY_BYTES_MAX)?
-                .with_stored(stored);
+        let output = owner.output.take().ok_or_else(|| Error::fault("the output is not open"))?;
+        let output = output.with_stored(stored);
         let max_new = match self.job.mode {
             Mode::Generate => self.plan.params.max_new_tokens as u64,
             Mode::Score => 0,
@@ -395,11 +424,5 @@ impl Run<'_> {
     }
 }
 
-impl Job {
-    /// The model's name as answers show it: its directory's.
-    pub fn model_name(&self) -> String {
-        let path: &Path = &self.model.model;
-        let absolute = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
-        absolute.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
-    }
-}
+#[cfg(test)]
+mod tests;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::cli::{LogArgs, ParallelismArgs};
 use crate::comm::{Communicator, Launch, LaunchKind, LocalComm, World, agree, world};
 use crate::commands::logging::{self, RankName};
+use crate::error::say;
 use crate::slurm::{
     JobEnv, RankCpus, guess_threads, init_threads, launcher_local_ranks, limit_library_threads,
     threads_for_rank,
@@ -136,5 +137,5 @@ fn on_threads(
 }
 
 fn print_error(error: &Error) {
-    eprintln!("farm: error: {error}");
+    say(format_args!("farm: error: {error}"));
 }

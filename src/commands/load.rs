@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::Result;
-use crate::comm::{HostTensorComm, TensorComm, Topology};
+use crate::comm::{Communicator, HostTensorComm, TensorComm, Topology, agree};
 use crate::commands::generate::Job;
 use crate::commands::launch::Rank;
 use crate::commands::plan::RunPlan;
@@ -15,6 +15,7 @@ use crate::model::tokenizer::Tokenizer;
 use crate::model::{LoadOptions, ModelConfig, ModelRunner, Runner};
 use crate::prompts::{ChatTemplate, Defaults, Preparer};
 use crate::slurm::memory_for_rank;
+use crate::stats::format;
 use crate::{Error, stage};
 
 /// Share of the free memory that the KV cache may take, where the flags do not say.
@@ -30,7 +31,7 @@ pub struct Loaded {
     pub eos_token_ids: Vec<u32>,
 }
 
-/// Loads this rank's share of the model.
+/// Loads this rank's share of the model. Collective; fails alike on all ranks.
 ///
 /// # Errors
 /// Input errors that name the file; a cache that does not fit one sequence.
@@ -41,14 +42,14 @@ pub fn load(
     plan: &RunPlan,
     staged: &stage::Staged,
 ) -> Result<Loaded> {
+    let world = &*topology.world;
     let dir: &Path = &staged.model_path;
-    let config = ModelConfig::from_dir(dir)?;
-    let tokenizer = Arc::new(Tokenizer::from_dir(dir)?);
-    let template = ChatTemplate::from_dir(dir, plan.started_unix_seconds)?;
-    let num_blocks = num_blocks(job, rank, topology, plan, &config, staged)?;
+    let (config, tokenizer, template) = agree(world, read_small_files(dir, plan))?;
+    let num_blocks = agree(world, num_blocks(job, rank, topology, plan, &config, staged))?;
+    let num_blocks = least(&*topology.tensor_parallel, num_blocks);
     let comm: Arc<dyn TensorComm> = Arc::new(HostTensorComm::new(topology.tensor_parallel.clone()));
     let options = LoadOptions { dtype: job.dtype(), max_seq_len: plan.max_seq_len, num_blocks };
-    let runner = ModelRunner::load(dir, &config, &options, comm)?;
+    let runner = agree(world, ModelRunner::load(dir, &config, &options, comm))?;
     let mut eos_token_ids = tokenizer.eos_token_ids().to_vec();
     eos_token_ids.extend(&config.eos_token_ids);
     eos_token_ids.sort_unstable();
@@ -61,16 +62,33 @@ pub fn load(
             chat: job.input.chat,
             file: plan.prompts_name.clone(),
         },
-        // Fewer blocks than the longest sequence needs bound the sequences instead.
-        max_seq_len: plan.max_seq_len.min(num_blocks * BLOCK_SIZE),
+        max_seq_len: plan.max_seq_len,
         reserved_tokens: if job.mode == Mode::Score { 0 } else { 1 },
         vocab_size: runner.vocab_size(),
     };
     Ok(Loaded { runner, preparer, eos_token_ids })
 }
 
+type SmallFiles = (ModelConfig, Arc<Tokenizer>, Option<ChatTemplate>);
+
+fn read_small_files(dir: &Path, plan: &RunPlan) -> Result<SmallFiles> {
+    let template = ChatTemplate::from_dir(dir, plan.started_unix_seconds)?;
+    Ok((ModelConfig::from_dir(dir)?, Arc::new(Tokenizer::from_dir(dir)?), template))
+}
+
+/// The least `count` of the group: its ranks keep the same blocks.
+fn least(group: &dyn Communicator, count: usize) -> usize {
+    let all = group.all_gather(&(count as u64).to_le_bytes());
+    let counts = all.iter().filter_map(|b| Some(u64::from_le_bytes(b.as_slice().try_into().ok()?)));
+    counts.min().map_or(count, |least| least as usize)
+}
+
 /// Blocks of the KV cache: enough for the whole batch at its longest, within the memory
-/// that the flag or the node allows; the same on all ranks of a tensor-parallel group.
+/// that the flag or the node allows.
+///
+/// # Errors
+/// Not even one sequence fits at its longest. (Shorter ones would, but then a record's
+/// text would depend on the memory of the node that it came to.)
 fn num_blocks(
     job: &Job,
     rank: &Rank,
@@ -79,10 +97,8 @@ fn num_blocks(
     config: &ModelConfig,
     staged: &stage::Staged,
 ) -> Result<usize> {
-    let group = &topology.tensor_parallel;
-    let kv_heads = (config.num_key_value_heads / group.size()).max(1);
-    let block_bytes = config.kv_block_bytes(kv_heads, BLOCK_SIZE);
-    let wanted = job.model.max_batch_size * plan.max_seq_len.div_ceil(BLOCK_SIZE);
+    let kv_heads = (config.num_key_value_heads / topology.tensor_parallel.size()).max(1);
+    let block_bytes = config.kv_block_bytes(kv_heads, BLOCK_SIZE).max(1);
     let free = || {
         let staged_bytes = staged.report.model_bytes;
         let budget = memory_for_rank(&rank.job, topology.node.size(), staged_bytes)?;
@@ -90,16 +106,32 @@ fn num_blocks(
         Some((budget.bytes as f64 * KV_CACHE_SHARE) as u64)
     };
     let allowed = job.model.kv_cache_memory.or_else(free);
-    let fits = allowed.map_or(wanted, |bytes| wanted.min(bytes as usize / block_bytes));
-    let all = group.all_gather(&(fits as u64).to_le_bytes());
-    let least = all.iter().filter_map(|b| Some(u64::from_le_bytes(b.as_slice().try_into().ok()?)));
-    match least.min().unwrap_or(0) as usize {
-        0 => Err(Error::input(format!(
-            "no memory for the KV cache: one block of {BLOCK_SIZE} tokens takes {block_bytes} \
-             bytes; ask for more memory, or set --kv-cache-memory"
-        ))),
-        blocks => Ok(blocks),
+    blocks_within(allowed, block_bytes, plan.max_seq_len, job.model.max_batch_size)
+}
+
+fn blocks_within(
+    allowed_bytes: Option<u64>,
+    block_bytes: usize,
+    max_seq_len: usize,
+    max_batch_size: usize,
+) -> Result<usize> {
+    let longest = max_seq_len.div_ceil(BLOCK_SIZE);
+    let wanted = longest.saturating_mul(max_batch_size);
+    let fits = allowed_bytes.map_or(wanted, |bytes| wanted.min(bytes as usize / block_bytes));
+    if fits < longest {
+        let needed = format::memory(longest as u64 * block_bytes as u64);
+        let allowed = format::memory(allowed_bytes.unwrap_or(0));
+        let room = match fits * BLOCK_SIZE {
+            0 => String::new(),
+            tokens => format!("set --max-seq-len {tokens} or less, "),
+        };
+        return Err(Error::input(format!(
+            "the KV cache of one sequence of {max_seq_len} tokens takes {needed}, and {allowed} are \
+             left for it: {room}ask for more memory, start fewer ranks a node, or set \
+             --kv-cache-memory"
+        )));
     }
+    Ok(fits)
 }
 
 /// The engine's view of the tokenizer.
@@ -109,5 +141,31 @@ impl TokenDecoder for Decoder {
     fn decode(&self, ids: &[u32]) -> String {
         // A token without text (an id beyond the tokenizer's vocabulary) shows as nothing.
         self.0.decode(ids, true).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// (allowed, longest sequence, batch, blocks): a block is 100 bytes here.
+    #[test]
+    fn the_cache_holds_at_least_one_longest_sequence_or_says_what_would_fit() {
+        let (two, huge) = (2 * BLOCK_SIZE, usize::MAX);
+        for (allowed, max_seq_len, batch, blocks) in [
+            (None, two, 4, 8),
+            (Some(100_000), two, 4, 8),
+            (Some(599), two, 4, 5),
+            (Some(200), two, 4, 2),
+            (Some(1000), two, huge, 10),
+        ] {
+            assert_eq!(blocks_within(allowed, 100, max_seq_len, batch).unwrap(), blocks);
+        }
+        let error = blocks_within(Some(199), 100, two, 4).unwrap_err();
+        let fix = format!("--max-seq-len {BLOCK_SIZE} or less");
+        assert!(error.message.contains(&fix), "{error}");
+        assert!(
+            !blocks_within(Some(9), 100, two, 4).unwrap_err().message.contains("--max-seq-len")
+        );
     }
 }

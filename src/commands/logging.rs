@@ -94,7 +94,8 @@ impl Write for StderrWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         // The formatter hands over one line at a time: written at once, lines of
         // several processes do not mix.
-        with_bar_hidden(|| io::stderr().write_all(bytes))?;
+        // Where stderr takes no more (its disk is full) the run goes on without a log.
+        let _ = with_bar_hidden(|| io::stderr().write_all(bytes));
         Ok(bytes.len())
     }
 

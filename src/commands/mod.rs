@@ -16,8 +16,11 @@ pub mod stage;
 pub mod summary;
 pub mod work;
 
+use std::io::Write;
+
 use crate::cli::{Cli, Command};
-use crate::{Error, ErrorKind};
+use crate::error::say;
+use crate::{Error, ErrorKind, Result};
 use launch::Start;
 
 /// Runs the command and returns the process's exit code. Call first in `main`: it
@@ -42,8 +45,20 @@ pub fn run(cli: &Cli) -> i32 {
         }
         Command::Report(args) => {
             let outcome = report::run(args).map(|()| 0);
-            outcome.inspect_err(|error| eprintln!("farm: error: {error}"))
+            outcome.inspect_err(|error| say(format_args!("farm: error: {error}")))
         }
     };
     outcome.unwrap_or_else(exit_code)
+}
+
+/// Writes `text` to standard output.
+///
+/// # Errors
+/// A fault; not where the reader (`head`, say) has seen enough.
+fn print(text: &str) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        result => result.map_err(|error| Error::fault(format!("standard output: {error}"))),
+    }
 }

@@ -12,7 +12,7 @@ use crate::cli::{self, GenerationConfigSource};
 use crate::commands::generate::Job;
 use crate::commands::launch::Rank;
 use crate::engine::{Mode, SamplingParams};
-use crate::ledger::{self, ExistingRun, RunDir, RunIdentity};
+use crate::ledger::{self, ExistingRun, OrderedOutput, OutputTarget, RunDir, RunIdentity};
 use crate::model::source::Safetensors;
 use crate::model::tokenizer::Tokenizer;
 use crate::model::{ModelConfig, WeightDtype};
@@ -38,6 +38,8 @@ pub struct RunPlan {
     pub max_seq_len: usize,
     /// The prompts file's name, for error records.
     pub prompts_name: String,
+    /// The model's name as answers show it: its directory's.
+    pub model_name: String,
 }
 
 /// What rank 0 alone holds of the run.
@@ -46,8 +48,8 @@ pub struct RunOwner {
     pub run: RunDir,
     /// Opens the input once more, from its start.
     pub prompts: PromptsSource,
-    /// The model as the user named it.
-    pub model_name: String,
+    /// The output, until the work begins.
+    pub output: Option<OrderedOutput>,
 }
 
 /// Where the prompts are read from (standard input: its copy in the run directory).
@@ -75,6 +77,11 @@ impl PromptsSource {
     pub fn open(&self) -> Result<PromptReader> {
         PromptReader::open(&self.path, &self.options)
     }
+
+    /// The format, by the flag or found out: both ways it is the same run.
+    fn format(&self) -> Result<PromptFormat> {
+        Ok(self.open()?.format())
+    }
 }
 
 /// Checks everything on rank 0 and opens the run directory.
@@ -83,18 +90,18 @@ impl PromptsSource {
 /// Input and usage errors that name the file, the flag or the difference to the run
 /// that the directory holds.
 pub fn plan(job: &Job, rank: &Rank) -> Result<(RunPlan, RunOwner)> {
+    check_output(job)?;
     let dir = &job.model.model;
     let manifest = Manifest::read(dir)?;
     let config = check_model(job)?;
     let max_seq_len = max_seq_len(job, &config)?;
     let params = resolve_sampling(job)?;
-    check_output(job)?;
     let (mut prompts, input) = open_prompts(job)?;
     let identity = RunIdentity {
         command: job.command.to_owned(),
         prompts: json!({
             "size_bytes": input.size_bytes, "modified_ns": input.modified_ns,
-            "digest": input.digest, "format": format!("{:?}", prompts.options.format),
+            "digest": input.digest, "format": format!("{:?}", prompts.format()?),
             "column": prompts.options.prompt_column, "chat": job.input.chat,
         }),
         model: manifest.key.clone(),
@@ -124,9 +131,11 @@ pub fn plan(job: &Job, rank: &Rank) -> Result<(RunPlan, RunOwner)> {
         started_unix_seconds: run.started_unix_seconds(),
         params,
         max_seq_len,
-        prompts_name: display_name(&job.input.prompts_file),
+        prompts_name: job.input.prompts_file.display().to_string(),
+        model_name: manifest.name,
     };
-    Ok((plan, RunOwner { run, prompts, model_name: manifest.name.clone() }))
+    let output = Some(open_output(job, &run)?);
+    Ok((plan, RunOwner { run, prompts, output }))
 }
 
 /// Reads what a load would stumble over: configuration, headers, tokenizer.
@@ -231,6 +240,15 @@ fn open_prompts(job: &Job) -> Result<(PromptsSource, InputIdentity)> {
     Ok((PromptsSource { path, options, spool }, identity))
 }
 
+/// Opened before any work, so that an output that cannot be written costs no staging.
+fn open_output(job: &Job, run: &RunDir) -> Result<OrderedOutput> {
+    let target = match &job.output.output {
+        Some(file) => OutputTarget::File(file.clone()),
+        None => OutputTarget::Stream(Box::new(std::io::stdout())),
+    };
+    OrderedOutput::create(target, &run.spill(), OrderedOutput::EARLY_BYTES_MAX)
+}
+
 /// Standard input waits here until the run directory is known. The folder is created.
 fn spool_path(job: &Job) -> Result<PathBuf> {
     let folder = match &job.output.run_dir {
@@ -268,10 +286,6 @@ fn run_dir_path(job: &Job, identity: &RunIdentity) -> PathBuf {
 fn run_folder(job: &Job) -> PathBuf {
     let some_run = ledger::default_path(job.output.output.as_deref(), "", "");
     some_run.parent().map_or_else(PathBuf::new, Path::to_path_buf)
-}
-
-fn display_name(file: &Path) -> String {
-    file.display().to_string()
 }
 
 /// Seconds since 1970.

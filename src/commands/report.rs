@@ -1,11 +1,12 @@
 //! `farm report RUN_DIR`: the tables of a finished run again, and the HTML page.
 
-use std::io::Write;
 use std::path::Path;
 
 use crate::cli::ReportArgs;
+use crate::commands::print;
+use crate::files::replace_file;
 use crate::stats::events::{EVENTS_FILE, last_attempt};
-use crate::stats::files::{STATS_FILE, read_run, replace_file};
+use crate::stats::files::{STATS_FILE, read_run};
 use crate::stats::{closing_table, html};
 use crate::{Error, Result};
 
@@ -14,12 +15,7 @@ use crate::{Error, Result};
 /// # Errors
 /// Input errors where the directory is not a run's, or the run wrote no statistics yet.
 pub fn run(args: &ReportArgs) -> Result<()> {
-    let text = write_page(args)?;
-    match std::io::stdout().lock().write_all(text.as_bytes()) {
-        // The reader (head, say) has seen enough.
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        result => result.map_err(|error| Error::fault(format!("standard output: {error}"))),
-    }
+    print(&write_page(args)?)
 }
 
 /// Writes the page; the text to print.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::flag;
 
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, Result};
 
 /// Whether a signal has asked the run to stop.
 #[derive(Clone, Default)]
@@ -14,15 +14,14 @@ pub struct StopSignal(Arc<AtomicBool>);
 
 impl StopSignal {
     /// Listens for SIGTERM, SIGINT and SIGUSR1. A second signal leaves at once, with
-    /// the exit code of an interrupted run: part files are whole lines at any moment.
+    /// `exit_code`, that of an interrupted run: part files are whole lines at any moment.
     ///
     /// # Errors
     /// A fault where the handlers cannot be installed.
-    pub fn listen() -> Result<Self> {
+    pub fn listen(exit_code: i32) -> Result<Self> {
         let stop = Self::default();
         for signal in [SIGTERM, SIGINT, SIGUSR1] {
-            let code = ErrorKind::Interrupted.exit_code();
-            flag::register_conditional_shutdown(signal, code, stop.0.clone())
+            flag::register_conditional_shutdown(signal, exit_code, stop.0.clone())
                 .and_then(|_| flag::register(signal, stop.0.clone()))
                 .map_err(|error| Error::fault(format!("installing signal handlers: {error}")))?;
         }

@@ -1,10 +1,12 @@
 //! `farm stage`: copies a model to every node's memory and leaves it there.
 
+use crate::Result;
 use crate::cli::StageCommandArgs;
-use crate::comm::Topology;
+use crate::comm::{Topology, agree};
 use crate::commands::launch::Rank;
-use crate::stage::{StageOptions, stage};
-use crate::{Result, stats};
+use crate::commands::print;
+use crate::stage::{StageOptions, Staged, stage};
+use crate::stats::format;
 
 /// Stages on all nodes; rank 0 says what was done.
 ///
@@ -14,24 +16,26 @@ pub fn run(args: &StageCommandArgs, rank: &Rank) -> Result<i32> {
     let topology = Topology::new(rank.world.clone(), 1)?;
     let options = StageOptions { keep: true, ..StageOptions::new(&args.model, &args.stage_dir) };
     let staged = stage(&topology, &options)?;
-    if rank.world.rank() == 0 {
-        let report = &staged.report;
-        println!(
-            "{}: {} on {} nodes, {} read, {} written, {} reused, {:.1} s{}",
-            staged.model_path.display(),
-            stats::format::bytes(report.model_bytes),
-            topology.num_nodes,
-            stats::format::bytes(report.bytes_read_source),
-            stats::format::bytes(report.bytes_staged),
-            stats::format::bytes(report.bytes_reused),
-            report.stage_seconds,
-            if report.bytes_staged > 0 {
-                format!(", {:.2} GB/s", report.gigabytes_per_second)
-            } else {
-                String::new()
-            }
-        );
-    }
+    let line = summary(&staged, topology.num_nodes);
     staged.finish(&topology);
-    Ok(0)
+    let printed = if rank.world.rank() == 0 { print(&line) } else { Ok(()) };
+    agree(&*rank.world, printed).map(|()| 0)
+}
+
+fn summary(staged: &Staged, num_nodes: usize) -> String {
+    let report = &staged.report;
+    let rate = match report.bytes_staged {
+        0 => String::new(),
+        _ => format!(", {:.2} GB/s", report.gigabytes_per_second),
+    };
+    format!(
+        "{}: {} on {}, {} read, {} written, {} reused, {:.1} s{rate}\n",
+        staged.model_path.display(),
+        format::bytes(report.model_bytes),
+        format::plural(num_nodes as u64, "node"),
+        format::bytes(report.bytes_read_source),
+        format::bytes(report.bytes_staged),
+        format::bytes(report.bytes_reused),
+        report.stage_seconds,
+    )
 }

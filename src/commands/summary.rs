@@ -6,6 +6,7 @@ use crate::comm::Topology;
 use crate::commands::generate::{Ended, Job};
 use crate::commands::launch::Rank;
 use crate::commands::plan::{RunOwner, RunPlan};
+use crate::error::say;
 use crate::kernels;
 use crate::stage::Staged;
 use crate::stats::counters::RankStats;
@@ -78,7 +79,7 @@ pub fn close(facts: &Facts, meter: Meter, mut events: EventLog) -> Result<()> {
     let job = JobStats::new(job_facts(facts), stage_stats(facts), &mut ranks);
     write_run(owner.run.path(), &job, &ranks)?;
     if facts.job.output.closing_table(&facts.job.log) {
-        eprint!("{}", closing_table(&job, &ranks));
+        say(closing_table(&job, &ranks).trim_end_matches('\n'));
     }
     Ok(())
 }

@@ -6,9 +6,9 @@
 //! run goes on and becomes FILE at its end.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{BufWriter, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::ledger::parts::Stored;
@@ -202,7 +202,7 @@ impl OrderedOutput {
 type Opened = (PathBuf, Box<dyn Write + Send>, Option<Rename>);
 
 fn open(path: PathBuf) -> Result<Opened> {
-    let io = |error| Error::io(&path, error).context("--output");
+    let io = |error| Error::input(format!("--output {}: {error}", path.display()));
     if path.metadata().is_ok_and(|metadata| !metadata.is_file()) {
         let file = OpenOptions::new().write(true).open(&path).map_err(io)?;
         return Ok((path.clone(), Box::new(file), None));
@@ -213,9 +213,32 @@ fn open(path: PathBuf) -> Result<Opened> {
     let mut partial = path.clone().into_os_string();
     partial.push(".partial");
     let partial = PathBuf::from(partial);
-    let file = File::create(&partial).map_err(|error| Error::io(&partial, error))?;
+    let file = create_alone(&partial)?;
     let stream = Box::new(file.try_clone().map_err(io)?);
     Ok((partial.clone(), stream, Some(Rename { partial, file, to: path })))
+}
+
+/// Creates (or empties) `partial` and locks it while it is open: two runs with one output
+/// would mix their lines. Where the file system has no locks nothing keeps them apart.
+fn create_alone(partial: &Path) -> Result<File> {
+    let io = |error| Error::input(format!("--output: {}: {error}", partial.display()));
+    let mut options = OpenOptions::new();
+    let options = options.write(true).create(true).truncate(false);
+    loop {
+        let file = options.open(partial).map_err(io)?;
+        if let Err(TryLockError::WouldBlock) = file.try_lock() {
+            return Err(Error::input(format!(
+                "--output: another run is writing {}: wait for it, or give this one another file",
+                partial.display()
+            )));
+        }
+        // The run before may have renamed it between open and lock: then it is not ours.
+        let (ours, named) = (file.metadata().map_err(io)?, std::fs::metadata(partial));
+        if named.is_ok_and(|named| (named.dev(), named.ino()) == (ours.dev(), ours.ino())) {
+            file.set_len(0).map_err(io)?;
+            return Ok(file);
+        }
+    }
 }
 
 /// Makes a rename in the folder of `path` durable, where the file system lets it be asked for.
@@ -374,5 +397,23 @@ mod tests {
         let mut output = OrderedOutput::create(target, &dir.path().join("spill"), 0).unwrap();
         output.push(0, line(0), false).unwrap();
         assert!(output.finish(1).unwrap_err().message.contains("/dev/full"));
+    }
+
+    /// Two runs with one output would mix their lines.
+    #[test]
+    fn an_output_has_one_writer_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out.jsonl");
+        let create = || {
+            let target = OutputTarget::File(path.clone());
+            OrderedOutput::create(target, &dir.path().join("spill"), 100)
+        };
+        let mut first = create().unwrap();
+        first.push(0, b"first\n".to_vec(), false).unwrap();
+        let error = create().map(drop).unwrap_err();
+        assert!(error.message.contains("another run is writing"), "{error}");
+        first.finish(1).unwrap();
+        drop(create().unwrap());
+        assert_eq!(std::fs::read(&path).unwrap(), b"first\n", "a later run leaves it whole");
     }
 }

@@ -39,7 +39,15 @@ impl PartWriter {
     pub fn open(parts_dir: &Path, rank: usize) -> Result<Self> {
         let path = parts_dir.join(format!("rank-{rank:05}.jsonl"));
         let file = OpenOptions::new().create(true).append(true).open(&path);
-        let file = file.map_err(|error| Error::io(&path, error))?;
+        let file = file.map_err(|error| {
+            let shared = "the run directory must be on a file system that all nodes share";
+            match error.kind() {
+                std::io::ErrorKind::NotFound => {
+                    Error::input(format!("{}: {error}; {shared} (--run-dir)", path.display()))
+                }
+                _ => Error::io(&path, error),
+            }
+        })?;
         Ok(Self { path, file: BufWriter::with_capacity(256 << 10, file) })
     }
 
@@ -107,7 +115,7 @@ pub fn scan(parts_dir: &Path) -> Result<Stored> {
     let mut paths = Vec::new();
     for entry in std::fs::read_dir(parts_dir).map_err(io)? {
         let path = entry.map_err(io)?.path();
-        if path.extension().is_some_and(|extension| extension == "jsonl") {
+        if path.extension().is_some_and(|extension| extension == "jsonl") && path.is_file() {
             paths.push(path);
         }
     }

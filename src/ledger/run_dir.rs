@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::files::replace_file;
 use crate::ledger::parts::{self, Stored};
 use crate::ledger::run_lock::RunLock;
 use crate::{Error, Result};
@@ -147,7 +148,8 @@ impl RunDir {
         existing: ExistingRun,
     ) -> Result<Self> {
         let parts = Self::parts_of(path);
-        fs::create_dir_all(path).map_err(|error| Error::io(path, error).context("--run-dir"))?;
+        fs::create_dir_all(path)
+            .map_err(|error| Error::input(format!("--run-dir {}: {error}", path.display())))?;
         let lock = RunLock::take(&path.join("lock"), launch.slurm_job_id.as_deref())?;
         let run_json = path.join("run.json");
         if existing == ExistingRun::SetAside {
@@ -162,8 +164,10 @@ impl RunDir {
         };
         let warnings = launch_warnings(&run, &launch);
         run.launches.push(launch);
+        // run.json first: part files without it are taken for another run's.
+        let text = serde_json::to_vec_pretty(&run).map_err(Error::fault)?;
+        replace_file(&run_json, &text)?;
         fs::create_dir_all(&parts).map_err(|error| Error::io(&parts, error))?;
-        write_atomically(&run_json, &run)?;
         Ok(Self { path: path.to_owned(), run, warnings, _lock: lock })
     }
 
@@ -287,18 +291,6 @@ fn set_aside(path: &Path) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn write_atomically(path: &Path, run: &RunFile) -> Result<()> {
-    let temporary = path.with_extension("json.partial");
-    let text = serde_json::to_vec_pretty(run).map_err(Error::fault)?;
-    let write = || {
-        let mut file = fs::File::create(&temporary)?;
-        std::io::Write::write_all(&mut file, &text)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
-    };
-    write().map_err(|error| Error::io(path, error))
 }
 
 #[cfg(test)]

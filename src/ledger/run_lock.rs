@@ -12,6 +12,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::comm::host_name;
 use crate::{Error, Result};
 
 /// Held while this job works on the run directory.
@@ -38,7 +39,7 @@ impl Owner {
         let pid = std::process::id();
         Self {
             job: job.map(str::to_owned),
-            host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+            host: host_name(),
             pid,
             boot_id: boot_id(),
             pid_start: pid_start(pid),
@@ -47,8 +48,8 @@ impl Owner {
 
     /// Whether this owner is surely gone.
     fn is_gone(&self) -> bool {
-        let here = rustix::system::uname().nodename().to_string_lossy() == self.host.as_str();
-        here && (self.boot_id != boot_id() || self.pid_start != pid_start(self.pid))
+        self.host == host_name()
+            && (self.boot_id != boot_id() || self.pid_start != pid_start(self.pid))
     }
 }
 
@@ -70,7 +71,9 @@ impl RunLock {
         let io = |error| Error::io(path, error);
         let mut options = OpenOptions::new();
         let options = options.read(true).write(true).create(true).truncate(false);
-        let mut file = options.open(path).map_err(io)?;
+        let mut file = options
+            .open(path)
+            .map_err(|error| Error::input(format!("--run-dir: {}: {error}", path.display())))?;
         let mut content = String::new();
         let locked = file.try_lock();
         file.read_to_string(&mut content).map_err(io)?;

@@ -3,27 +3,30 @@
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::time::UNIX_EPOCH;
+use std::time::{Duration, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
-/// Bytes of each end of a file that [`InputIdentity::of_file`] reads.
+/// Files up to this size are hashed as a whole.
+const HASHED_BYTES: u64 = 256 << 20;
+/// Bytes of each end of a longer file that [`InputIdentity::of_file`] reads.
 const SAMPLE_BYTES: u64 = 1 << 20;
 
 /// Whether an input is the one that a run was started with.
 ///
-/// For a file: its size, its modification time, and a hash of its first and last
-/// MiB. A full hash would read every byte of a file that may be hundreds of GB; a
-/// change in the middle that keeps size and modification time goes unnoticed.
+/// For a file: its size and the hash of all bytes, so that a job script that writes the
+/// same prompts again before each start goes on with its run. Beyond [`HASHED_BYTES`] a
+/// full hash would hold up the start: there its size, its modification time, and a hash
+/// of its first and last MiB; a change in the middle that keeps both goes unnoticed.
 /// For standard input, which is read completely into the spool anyway: the size and
 /// the hash of all bytes, so that the same stream finds its run again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InputIdentity {
     /// Size of the input.
     pub size_bytes: u64,
-    /// Modification time since 1970-01-01 UTC; 0 for a spooled stream.
+    /// Modification time since 1970-01-01 UTC; 0 where the digest is of all bytes.
     pub modified_ns: u64,
     /// BLAKE3, as hex, of what is said above.
     pub digest: String,
@@ -32,18 +35,22 @@ pub struct InputIdentity {
 impl InputIdentity {
     /// The identity of a regular file. Errors (input) name the file.
     pub fn of_file(path: &Path) -> Result<Self> {
-        Self::read(path).map_err(|e| Error::input(format!("prompts file {}: {e}", path.display())))
+        Self::read(path, HASHED_BYTES)
+            .map_err(|e| Error::input(format!("prompts file {}: {e}", path.display())))
     }
 
-    fn read(path: &Path) -> io::Result<Self> {
+    fn read(path: &Path, hashed_bytes: u64) -> io::Result<Self> {
         let mut file = File::open(path)?;
         let metadata = file.metadata()?;
         let size_bytes = metadata.len();
-        let modified = metadata.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
         let mut hasher = blake3::Hasher::new();
-        io::copy(&mut (&mut file).take(SAMPLE_BYTES), &mut hasher)?;
-        if size_bytes > SAMPLE_BYTES {
-            file.seek(SeekFrom::Start((size_bytes - SAMPLE_BYTES).max(SAMPLE_BYTES)))?;
+        let mut modified = Duration::ZERO;
+        if size_bytes <= hashed_bytes {
+            io::copy(&mut file, &mut hasher)?;
+        } else {
+            modified = metadata.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
+            io::copy(&mut (&mut file).take(SAMPLE_BYTES), &mut hasher)?;
+            file.seek(SeekFrom::Start(size_bytes.saturating_sub(SAMPLE_BYTES).max(SAMPLE_BYTES)))?;
             io::copy(&mut file.take(SAMPLE_BYTES), &mut hasher)?;
         }
         Ok(Self {
@@ -61,13 +68,16 @@ pub fn spool_stdin(to: &Path) -> Result<InputIdentity> {
 }
 
 /// Copies a stream to the file `to`, which appears only when it is complete, and
-/// tells the stream's identity. Memory does not grow with the stream.
+/// tells the stream's identity. Its folder is created. Memory does not grow with the stream.
 ///
 /// Errors: the stream is empty (input); reading or writing fails (fault).
 pub fn spool(mut stream: impl Read, to: &Path) -> Result<InputIdentity> {
     let mut partial = to.as_os_str().to_owned();
     partial.push(".partial");
     let partial = PathBuf::from(partial);
+    if let Some(folder) = to.parent() {
+        std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
+    }
     let mut file = File::create(&partial).map_err(|e| Error::io(&partial, e))?;
     let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0; 1 << 16];
@@ -100,20 +110,29 @@ mod tests {
     fn a_changed_file_has_another_identity() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("p.txt");
-        let identity = |content: &[u8]| {
+        let identity = |content: &[u8], seconds: u64, hashed_bytes: u64| {
             std::fs::write(&path, content).unwrap();
             let file = File::options().write(true).open(&path).unwrap();
-            file.set_modified(UNIX_EPOCH + std::time::Duration::from_secs(1)).unwrap();
-            InputIdentity::of_file(&path).unwrap()
+            file.set_modified(UNIX_EPOCH + Duration::from_secs(seconds)).unwrap();
+            InputIdentity::read(&path, hashed_bytes).unwrap()
         };
-        let mut large = vec![b'a'; 3 << 20];
-        let before = identity(&large);
-        assert_eq!((before.size_bytes, before.modified_ns), (3 << 20, 1_000_000_000));
-        assert_eq!(identity(&large), before);
-        *large.last_mut().unwrap() = b'b';
-        assert_ne!(identity(&large), before, "the last byte counts");
-        large.pop();
-        assert_ne!(identity(&large), before, "the size counts");
+        let large = vec![b'a'; 3 << 20];
+        let with = |at: usize| {
+            let mut other = large.clone();
+            other[at] = b'b';
+            other
+        };
+        for hashed_bytes in [HASHED_BYTES, 1 << 20] {
+            let before = identity(&large, 1, hashed_bytes);
+            assert_eq!(before.size_bytes, 3 << 20);
+            assert_eq!(identity(&large, 1, hashed_bytes), before);
+            assert_ne!(identity(&with(large.len() - 1), 1, hashed_bytes), before, "the last byte");
+            assert_ne!(identity(&large[1..], 1, hashed_bytes), before, "the size");
+        }
+        let before = identity(&large, 1, HASHED_BYTES);
+        assert_eq!(identity(&large, 2, HASHED_BYTES), before, "written again, the same");
+        assert_ne!(identity(&with(3 << 19), 1, HASHED_BYTES), before, "a byte in the middle");
+        assert_ne!(identity(&large, 2, 1 << 20), identity(&large, 1, 1 << 20), "the time");
     }
 
     #[test]

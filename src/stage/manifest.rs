@@ -99,7 +99,8 @@ impl Manifest {
                     fs::File::open(&full).and_then(|file| file.metadata()).map_err(|error| {
                         Error::input(format!("model file {}: {error}", full.display()))
                     })?;
-                let mtime_ns = meta.mtime() * 1_000_000_000 + meta.mtime_nsec();
+                let mtime_ns =
+                    meta.mtime().wrapping_mul(1_000_000_000).wrapping_add(meta.mtime_nsec());
                 Ok(FileEntry { path, bytes: meta.len(), mtime_ns })
             })
             .collect::<Result<Vec<_>>>()?;

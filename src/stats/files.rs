@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Event, JobStats, RankStats};
 use crate::comm::Communicator;
+use crate::files::replace_file;
 use crate::{Error, Result};
 
 /// Name of the job's file in the run directory.
@@ -77,15 +78,6 @@ pub fn read_run(run_dir: &Path) -> Result<(JobStats, Vec<RankStats>)> {
     let ranks =
         table.deserialize().collect::<Result<_, _>>().map_err(|error| unusable(&path, &error))?;
     Ok((job, ranks))
-}
-
-/// Writes beside and renames, so that a reader never sees half a file.
-pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(".partial");
-    let partial = Path::new(&partial);
-    std::fs::write(partial, bytes).map_err(|error| Error::io(partial, error))?;
-    std::fs::rename(partial, path).map_err(|error| Error::io(path, error))
 }
 
 #[cfg(test)]

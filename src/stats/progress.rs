@@ -11,6 +11,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::format;
 use crate::cli::ProgressMode;
+use crate::error::say;
 
 /// Time between two lines.
 const LINE_EVERY: Duration = Duration::from_secs(30);
@@ -70,7 +71,7 @@ impl Progress {
             }
             Form::Line => {
                 if let Some(line) = self.line_if_due(now, state) {
-                    eprintln!("{line}");
+                    say(line);
                 }
             }
             Form::Hidden => {}
@@ -82,7 +83,7 @@ impl Progress {
         match &self.form {
             Form::Bar(_) => hide_bar(),
             Form::Line if self.last_line.0 > self.began && self.last_line.1 != state => {
-                eprintln!("{}", self.line(now, &state));
+                say(self.line(now, &state));
                 self.last_line = (now, state);
             }
             _ => {}
