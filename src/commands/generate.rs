@@ -181,7 +181,9 @@ impl Job {
         };
         let staged = stage::stage(topology, &options)?;
         events.emit(start.elapsed(), "stage", json!(staged.report));
-        if let (Some(reason), 0) = (&staged.report.in_place, topology.world.rank()) {
+        if let (Some(reason), false, 0) =
+            (&staged.report.in_place, self.staging.no_stage, topology.world.rank())
+        {
             tracing::warn!("the model is read where it lies: {reason}");
         }
         Ok(staged)
