@@ -264,7 +264,7 @@ impl Run<'_> {
     fn work(
         &self,
         loaded: Loaded,
-        mut owner: Option<&mut RunOwner>,
+        owner: Option<&mut RunOwner>,
         meter: &mut Meter,
         events: &mut EventLog,
     ) -> Result<Ended> {
@@ -277,7 +277,6 @@ impl Run<'_> {
             .transpose();
         let part = agree(world, part)?;
         let coordinator = owner
-            .as_deref_mut()
             .zip(leaders)
             .map(|(owner, all)| self.coordinator(all.clone(), owner, stored.unwrap_or_default()))
             .transpose();

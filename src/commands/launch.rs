@@ -90,7 +90,7 @@ fn on_processes(
     let name = || RankName { rank: comm.rank(), host: comm.host().to_owned() };
     let prepared =
         logging::init(start.log.log_format, start.log.quiet, (comm.size() > 1).then(name))
-            .and_then(|()| Ok(RankCpus::probe(&job)));
+            .map(|()| RankCpus::probe(&job));
     if comm.rank() == 0 && job.gpus_on_node.is_some_and(|gpus| gpus > 0) {
         tracing::warn!("this job holds GPUs, but this farm computes on the CPU");
     }

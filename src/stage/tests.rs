@@ -13,7 +13,7 @@ const SHARD_BYTES: usize = 12_345;
 fn model() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let shard = |seed: usize| -> Vec<u8> {
-        (0..SHARD_BYTES).map(|index| (index * seed >> 3) as u8).collect()
+        (0..SHARD_BYTES).map(|index| ((index * seed) >> 3) as u8).collect()
     };
     let index = r#"{"weight_map":{"a":"m-1.safetensors","b":"m-2.safetensors"}}"#;
     fs::write(dir.path().join("m-1.safetensors"), shard(7)).unwrap();
