@@ -28,7 +28,9 @@ pub use choices::{
     Dtype, GenerationConfigSource, KernelTier, LogFormat, ProgressMode, PromptsFormat,
     StageFallback,
 };
-use values::{at_least_one, bytes, fraction, non_negative, nucleus_mass, penalty, positive};
+use values::{
+    at_least_one, bytes, fraction, non_negative, nucleus_mass, one_to, penalty, positive,
+};
 
 /// The `--version` text: which optional parts this binary was built with.
 static VERSION: LazyLock<String> = LazyLock::new(text::version);
@@ -243,14 +245,14 @@ pub struct ModelArgs {
     pub kernel_tier: KernelTier,
     /// Most records that a rank works on at once
     #[arg(long, env = "FARM_MAX_BATCH_SIZE", value_name = "N", default_value_t = 32)]
-    #[arg(value_parser = at_least_one())]
+    #[arg(value_parser = one_to(1 << 16))]
     pub max_batch_size: usize,
     /// Longest sequence, prompt and new tokens together [default: the model's context]
     #[arg(long, env = "FARM_MAX_SEQ_LEN", value_name = "N", value_parser = at_least_one())]
     pub max_seq_len: Option<usize>,
     /// Most tokens in one step of the model; longer prompts are taken in chunks
     #[arg(long, env = "FARM_MAX_BATCHED_TOKENS", value_name = "N", default_value_t = 512)]
-    #[arg(value_parser = at_least_one())]
+    #[arg(value_parser = one_to(1 << 20))]
     pub max_batched_tokens: usize,
     /// Memory of a rank's KV cache, as 8GiB [default: from the batch size and free memory]
     #[arg(long, env = "FARM_KV_CACHE_MEMORY", value_name = "BYTES", value_parser = bytes)]
@@ -266,10 +268,10 @@ pub struct ParallelismArgs {
     #[arg(value_parser = at_least_one())]
     pub tensor_parallel: usize,
     /// Run this many ranks as threads of one process, where there is no launcher
-    #[arg(long, env = "FARM_LOCAL_RANKS", value_name = "N", value_parser = at_least_one())]
+    #[arg(long, env = "FARM_LOCAL_RANKS", value_name = "N", value_parser = one_to(1024))]
     pub local_ranks: Option<usize>,
     /// Threads of a process [default: its share of the node's CPUs in the job]
-    #[arg(long, env = "FARM_THREADS", value_name = "N", value_parser = at_least_one())]
+    #[arg(long, env = "FARM_THREADS", value_name = "N", value_parser = one_to(1024))]
     pub threads: Option<usize>,
 }
 

@@ -7,6 +7,12 @@ pub fn at_least_one() -> RangedU64ValueParser<usize> {
     RangedU64ValueParser::new().range(1..)
 }
 
+/// An integer from 1 to `most`: beyond that a number is a slip, and the threads, ranks or
+/// buffers that it asks for would end the job in an obscure way.
+pub fn one_to(most: u64) -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..=most)
+}
+
 /// The number of alternatives to report, 0 to 20 (OpenAI's limit).
 pub fn logprobs() -> RangedU64ValueParser<usize> {
     RangedU64ValueParser::new().range(0..=20)

@@ -99,13 +99,16 @@ fn num_blocks(
 ) -> Result<usize> {
     let kv_heads = (config.num_key_value_heads / topology.tensor_parallel.size()).max(1);
     let block_bytes = config.kv_block_bytes(kv_heads, BLOCK_SIZE).max(1);
-    let free = || {
-        let staged_bytes = staged.report.model_bytes;
-        let budget = memory_for_rank(&rank.job, topology.node.size(), staged_bytes)?;
+    let budget = memory_for_rank(&rank.job, topology.node.size(), staged.report.model_bytes);
+    if let Some(budget) = &budget {
         tracing::debug!("{} bytes free for this rank ({})", budget.bytes, budget.limited_by);
-        Some((budget.bytes as f64 * KV_CACHE_SHARE) as u64)
+    }
+    let free = budget.map(|budget| budget.bytes);
+    let allowed = match (job.model.kv_cache_memory, free) {
+        // More than there is would end the process, not this run with a message.
+        (Some(flag), free) => Some(free.map_or(flag, |free| flag.min(free))),
+        (None, free) => free.map(|free| (free as f64 * KV_CACHE_SHARE) as u64),
     };
-    let allowed = job.model.kv_cache_memory.or_else(free);
     blocks_within(allowed, block_bytes, plan.max_seq_len, job.model.max_batch_size)
 }
 

@@ -232,11 +232,13 @@ fn open_prompts(job: &Job) -> Result<(PromptsSource, InputIdentity)> {
         let path = spool_path(job)?;
         let spool = Spool(path.clone());
         let identity = spool_stdin(&path)?;
+        PromptReader::check(&path, &options)?;
         (path, identity, Some(spool))
     } else {
+        // What is not a regular file (a FIFO) is refused before its content is looked at.
+        PromptReader::check(file, &options)?;
         (file.clone(), InputIdentity::of_file(file)?, None)
     };
-    PromptReader::check(&path, &options)?;
     Ok((PromptsSource { path, options, spool }, identity))
 }
 

@@ -46,7 +46,7 @@ impl InputIdentity {
         let mut hasher = blake3::Hasher::new();
         let mut modified = Duration::ZERO;
         if size_bytes <= hashed_bytes {
-            io::copy(&mut file, &mut hasher)?;
+            io::copy(&mut file.take(hashed_bytes), &mut hasher)?;
         } else {
             modified = metadata.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
             io::copy(&mut (&mut file).take(SAMPLE_BYTES), &mut hasher)?;

@@ -104,8 +104,8 @@ impl PromptReader {
     pub fn open(path: &Path, options: &ReadOptions) -> Result<Self> {
         let name = options.name.clone().unwrap_or_else(|| path.display().to_string());
         let unusable = |reason: String| Error::input(format!("prompts file {name}: {reason}"));
-        let file = File::open(path).map_err(|error| unusable(error.to_string()))?;
-        let metadata = file.metadata().map_err(|error| unusable(error.to_string()))?;
+        // Asked before it is opened: opening a pipe waits for its writer.
+        let metadata = std::fs::metadata(path).map_err(|error| unusable(error.to_string()))?;
         if metadata.is_dir() {
             return Err(unusable("is a directory; name a file in it".to_string()));
         }
@@ -114,6 +114,7 @@ impl PromptReader {
                 "is not a regular file; pipe it into farm with --prompts-file -".to_string(),
             ));
         }
+        let file = File::open(path).map_err(|error| unusable(error.to_string()))?;
         let mut file = BufReader::with_capacity(1 << 18, file);
         let start = file.fill_buf().map_err(|error| unusable(error.to_string()))?;
         let format = match (options.format, path.extension().and_then(|e| e.to_str())) {
