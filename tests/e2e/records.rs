@@ -39,7 +39,7 @@ fn good_and_bad() -> (Vec<u8>, Vec<Option<&'static str>>) {
     let mut codes = Vec::new();
     let mut bad = bad.into_iter();
     for index in 0..70 {
-        // Bad ones at 0, 3, 6, …; the last eight in a row at the end.
+        // Bad ones at 0, 3, 6, …, and the last two at the end.
         let line = match bad.len() {
             left if index % 3 == 0 && left > 2 || index >= 68 => bad.next(),
             _ => None,
