@@ -22,7 +22,7 @@ RELEASE := $(or $(CARGO_TARGET_DIR),target)/release/farm
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' Makefile
 
-build: ## the release binary, target/release/farm (FEATURES=cuda,nccl for GPUs)
+build: ## the release binary, target/release/farm
 	@.ci/deps.sh build
 	$(CARGO) build --release --locked $(FEATURE_FLAGS)
 

@@ -88,7 +88,7 @@ farm_job_id() {
     fi
 }
 
-# Signals go to farm as USR1, on which it finishes what it can and leaves with the requeue code: mpirun answers
+# Signals go to farm as USR1, on which it keeps what is complete and leaves with the requeue code: mpirun answers
 # TERM with KILL within seconds.
 farm_on_warning() {
     farm_signalled=1
@@ -128,11 +128,21 @@ farm_requeue() {
     fi
 }
 
+# --force-new means the first start: a restarted job would set its own work aside.
+farm_keep_own_work() {
+    local argument kept=()
+    [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || return 0
+    unset FARM_FORCE_NEW
+    for argument in "${farm_arguments[@]}"; do [ "$argument" = --force-new ] || kept+=("$argument"); done
+    farm_arguments=("${kept[@]}")
+}
+
 # The arguments of this job, as the array farm_arguments.
 farm_collect_arguments() {
     local argument
     read -ra farm_arguments <<< "${FARM_ARGS:-}"
     farm_arguments+=("$@")
+    farm_keep_own_work
     [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || return 0
     [ -z "${FARM_PROMPTS_PATTERN:-}" ] || farm_arguments+=(--prompts-file "$FARM_PROMPTS_PATTERN")
     set -- "${farm_arguments[@]}"
@@ -148,11 +158,8 @@ farm_job() {
     farm_choose_launcher || return
     farm_say "job $(farm_job_id) on ${SLURM_JOB_NODELIST:-?}, start $((${SLURM_RESTART_COUNT:-0} + 1)), by" \
         "${FARM_LAUNCHER:-srun}: farm ${farm_arguments[*]}"
-    # Slurm's mixed fence, its default, lets a rank leave MPI_Init before all are ready; with Open MPI 4 over TCP
-    # some runs in a hundred then crash at the start when the nodes are busy.
-    export SLURM_PMIX_FENCE=${SLURM_PMIX_FENCE:-tree}
-    # A restarted job goes on where it was; where there is nothing yet, this starts a run.
-    export FARM_RESUME=${FARM_RESUME:-true}
+    # Slurm's tree fence, a part of its default, does not wait for a late rank, which then crashes in MPI_Init.
+    export SLURM_PMIX_FENCE=${SLURM_PMIX_FENCE:-ring}
     farm_cancelled=0
     trap farm_on_warning USR1
     trap farm_on_term TERM

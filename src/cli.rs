@@ -150,8 +150,9 @@ pub struct ReportArgs {
 pub struct InputArgs {
     /// Prompts: .txt (one a line), .jsonl, .csv, or - for standard input
     ///
-    /// A .jsonl line is {"prompt": …}, {"messages": […]} or an OpenAI batch line. Fields
-    /// with the names of the sampling flags override those for that record.
+    /// A .jsonl line is {"prompt": …}, {"messages": […]}, {"prompt_token_ids": […]} or an
+    /// OpenAI batch line. Fields with the names of the sampling flags override those for that
+    /// record (score checks them and uses none).
     #[arg(long, env = "FARM_PROMPTS_FILE", value_name = "FILE|-")]
     pub prompts_file: PathBuf,
     /// Format of the prompts; auto goes by the file's ending (standard input: JSONL)
@@ -236,10 +237,10 @@ pub struct ModelArgs {
     /// Model directory in Hugging Face form (config.json, tokenizer.json, *.safetensors)
     #[arg(long, env = "FARM_MODEL", value_name = "DIR")]
     pub model: PathBuf,
-    /// Precision of the weights; auto is the model's own, f32 on CPU
+    /// Type of the weights in memory; auto keeps the checkpoint's (arithmetic is f32)
     #[arg(long, env = "FARM_DTYPE", value_name = "DTYPE", default_value = "auto")]
     pub dtype: Dtype,
-    /// CPU kernels; auto takes the best that every rank's CPU has
+    /// CPU kernels; auto takes the best of each rank's CPU (all give the same bits)
     #[arg(long, env = "FARM_KERNEL_TIER", value_name = "TIER", default_value = "auto")]
     pub kernel_tier: KernelTier,
     /// Most records that a rank works on at once
@@ -299,17 +300,17 @@ pub struct OutputArgs {
     /// Output JSONL, in input order; FILE.partial grows meanwhile [default: standard output]
     #[arg(long, env = "FARM_OUTPUT", value_name = "FILE")]
     pub output: Option<PathBuf>,
-    /// Journal and statistics [default: farm-runs/PROMPTS-KEY beside the output]
+    /// Finished records and statistics [default: farm-runs/PROMPTS-KEY beside the output]
     #[arg(long, env = "FARM_RUN_DIR", value_name = "DIR")]
     pub run_dir: Option<PathBuf>,
     /// Go on with the run in the run directory; this is the default
     #[arg(long, env = "FARM_RESUME", value_parser = BoolishValueParser::new())]
     pub resume: bool,
-    /// Throw away what the run directory holds of this run and start again
+    /// Begin anew; what the run directory holds is moved to set-aside-N/ in it
     #[arg(long, env = "FARM_FORCE_NEW", value_parser = BoolishValueParser::new())]
     #[arg(conflicts_with = "resume")]
     pub force_new: bool,
-    /// Exit code of a run that a signal or the time limit stopped (for the site's requeueing)
+    /// Exit code of a run that a signal stopped (for the site's requeueing)
     #[arg(long, env = "FARM_INTERRUPTED_EXIT_CODE", value_name = "CODE", default_value_t = 75)]
     #[arg(value_parser = clap::value_parser!(u8).range(1..))]
     pub interrupted_exit_code: u8,

@@ -3,17 +3,16 @@
 //! says so and passes.
 #![cfg(feature = "mpi")]
 
-use std::io::Read;
-use std::process::{Command, Stdio};
-use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
+mod common;
 
+use std::sync::Arc;
+use std::time::Instant;
+
+use common::has_mpirun;
 use farm::comm::{Communicator, Launch, MpiWorld, conformance, world};
 
 /// Set in the processes that mpirun starts: what they run.
 const ROLE: &str = "FARM_TEST_MPI_ROLE";
-const LIMIT: Duration = Duration::from_secs(120);
 
 #[test]
 fn communicators_conform_under_mpirun() {
@@ -77,59 +76,15 @@ fn panic_on_rank_1() {
     world.comm.barrier();
 }
 
-fn has_mpirun() -> bool {
-    let found =
-        Command::new("mpirun").arg("--version").output().is_ok_and(|out| out.status.success());
-    if !found {
-        println!("skipped: no mpirun on PATH");
-    }
-    found
-}
-
 /// Runs [`rank`] in `role` as `ranks` processes; whether it succeeded, and what it said.
 fn mpirun(ranks: usize, role: &str) -> (bool, String) {
     let this = std::env::current_exe().expect("path of this test");
-    let mut child = Command::new("mpirun")
-        .args(["--oversubscribe", "-n", &ranks.to_string()])
+    let mut command = common::mpirun(ranks);
+    command
         .arg(this)
         .args(["--exact", "rank", "--ignored", "--nocapture", "--test-threads=1"])
-        .env(ROLE, role)
-        // Containers and CI run as root, with fewer cores than ranks.
-        .env("OMPI_ALLOW_RUN_AS_ROOT", "1")
-        .env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
-        .env("OMPI_MCA_mpi_yield_when_idle", "1")
-        .env("OMPI_MCA_btl_vader_single_copy_mechanism", "none")
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("mpirun starts");
-    let readers = [
-        child.stdout.take().map(|pipe| thread::spawn(move || read_all(pipe))),
-        child.stderr.take().map(|pipe| thread::spawn(move || read_all(pipe))),
-    ];
-    let deadline = Instant::now() + LIMIT;
-    let status = loop {
-        match child.try_wait().expect("mpirun can be waited for") {
-            Some(status) => break Some(status),
-            None if Instant::now() > deadline => {
-                child.kill().expect("mpirun can be killed");
-                child.wait().expect("mpirun can be waited for");
-                break None;
-            }
-            None => thread::sleep(Duration::from_millis(20)),
-        }
-    };
-    let output: Vec<String> =
-        readers.into_iter().flatten().map(|reader| reader.join().unwrap_or_default()).collect();
-    let mut output = output.concat();
-    if status.is_none() {
-        output += &format!("\nstopped: not done after {LIMIT:?}");
-    }
-    (status.is_some_and(|status| status.success()), output)
-}
-
-fn read_all(mut pipe: impl Read) -> String {
-    let mut text = Vec::new();
-    let _ = pipe.read_to_end(&mut text);
-    String::from_utf8_lossy(&text).into_owned()
+        .env(ROLE, role);
+    let ended = common::run(&mut command);
+    let stdout = String::from_utf8_lossy(&ended.stdout).into_owned();
+    (ended.code == Some(0), stdout + &ended.stderr)
 }

@@ -20,7 +20,7 @@ Exit codes:
   2   wrong command line
   3   bad input or model; nothing was done
   4   finished, some records failed
-  75  stopped early by a signal or the time limit; the same command finishes the rest
+  75  stopped early by a signal; the same command finishes the rest
       (--interrupted-exit-code)";
 
 /// The end of `farm --help`.

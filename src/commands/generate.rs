@@ -181,8 +181,8 @@ impl Job {
         };
         let staged = stage::stage(topology, &options)?;
         events.emit(start.elapsed(), "stage", json!(staged.report));
-        if let (Some(reason), 0, false) =
-            (&staged.report.in_place, topology.world.rank(), self.staging.no_stage)
+        if let (Some(reason), false, 0) =
+            (&staged.report.in_place, self.staging.no_stage, topology.world.rank())
         {
             tracing::warn!("the model is read where it lies: {reason}");
         }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use crate::cli::{LogArgs, ParallelismArgs};
-use crate::comm::{Communicator, Launch, LocalComm, World, agree, world};
+use crate::comm::{Communicator, Launch, LaunchKind, LocalComm, World, agree, world};
 use crate::commands::logging::{self, RankName};
 use crate::error::say;
 use crate::slurm::{
@@ -56,17 +56,28 @@ pub fn on_ranks(start: &Start, body: impl Fn(&Rank) -> Result<i32> + Sync) -> Re
     // SAFETY: nothing has started a thread yet.
     unsafe { limit_library_threads(guess) };
     let launch = Launch::of_this_process();
-    match start.local_ranks {
-        Some(ranks) if ranks > 1 => on_threads(start, &job, &launch, ranks, body),
+    let threads = start.local_ranks.filter(|&ranks| ranks > 1);
+    match (threads, launch.kind()) {
+        (Some(ranks), LaunchKind::Alone) => on_threads(start, &job, ranks, body),
         _ => {
             let world = world(&launch).inspect_err(|error| {
                 if launch.is_first_task() {
                     print_error(error);
                 }
             })?;
-            on_processes(start, job, &world, body)
+            on_processes(start, job, &world, |rank| {
+                threads.map_or(Ok(()), refuse_local_ranks)?;
+                body(rank)
+            })
         }
     }
+}
+
+fn refuse_local_ranks(ranks: usize) -> Result<()> {
+    Err(Error::usage(format!(
+        "--local-ranks {ranks} is for a start without srun or mpirun; a launcher makes the ranks \
+         itself (-n {ranks})"
+    )))
 }
 
 fn on_processes(
@@ -80,6 +91,9 @@ fn on_processes(
     let prepared =
         logging::init(start.log.log_format, start.log.quiet, (comm.size() > 1).then(name))
             .map(|()| RankCpus::probe(&job));
+    if comm.rank() == 0 && job.gpus_on_node.is_some_and(|gpus| gpus > 0) {
+        tracing::warn!("this job holds GPUs, but this farm computes on the CPU");
+    }
     let run = || {
         let cpus = agree(&*comm, prepared)?;
         let threads = agree(&*comm, start_threads(start, &*comm.split_shared_memory(), &cpus))?;
@@ -107,17 +121,10 @@ fn start_threads(start: &Start, node: &dyn Communicator, cpus: &RankCpus) -> Res
 fn on_threads(
     start: &Start,
     job: &JobEnv,
-    launch: &Launch,
     ranks: usize,
     body: impl Fn(&Rank) -> Result<i32> + Sync,
 ) -> Result<i32> {
     let prepare = || {
-        if !matches!(launch.kind(), crate::comm::LaunchKind::Alone) {
-            return Err(Error::usage(format!(
-                "--local-ranks {ranks} is for a start without srun or mpirun; a launcher makes \
-                 the ranks itself (-n {ranks})"
-            )));
-        }
         logging::init(start.log.log_format, start.log.quiet, None)?;
         let threads = start.threads.unwrap_or_else(|| threads_for_rank(&[RankCpus::probe(job)], 0));
         init_threads(threads)?;

@@ -56,6 +56,17 @@ pub struct RunOwner {
 pub struct PromptsSource {
     path: PathBuf,
     options: ReadOptions,
+    spool: Option<Spool>,
+}
+
+/// The copy of standard input until it is moved into the run directory: gone if the run
+/// is refused before.
+struct Spool(PathBuf);
+
+impl Drop for Spool {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
 
 impl PromptsSource {
@@ -65,6 +76,11 @@ impl PromptsSource {
     /// See [`PromptReader::open`].
     pub fn open(&self) -> Result<PromptReader> {
         PromptReader::open(&self.path, &self.options)
+    }
+
+    /// The format, by the flag or found out: both ways it is the same run.
+    fn format(&self) -> Result<PromptFormat> {
+        Ok(self.open()?.format())
     }
 }
 
@@ -85,7 +101,7 @@ pub fn plan(job: &Job, rank: &Rank) -> Result<(RunPlan, RunOwner)> {
         command: job.command.to_owned(),
         prompts: json!({
             "size_bytes": input.size_bytes, "modified_ns": input.modified_ns,
-            "digest": input.digest, "format": format!("{:?}", prompts.options.format),
+            "digest": input.digest, "format": format!("{:?}", prompts.format()?),
             "column": prompts.options.prompt_column, "chat": job.input.chat,
         }),
         model: manifest.key.clone(),
@@ -106,8 +122,7 @@ pub fn plan(job: &Job, rank: &Rank) -> Result<(RunPlan, RunOwner)> {
     };
     let path = run_dir_path(job, &identity);
     let existing = if job.output.force_new { ExistingRun::SetAside } else { ExistingRun::Resume };
-    let run = RunDir::open(&path, &identity, launch, existing);
-    let run = run.inspect_err(|_| prompts.discard())?;
+    let run = RunDir::open(&path, &identity, launch, existing)?;
     run.warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
     prompts.keep_in(run.path())?;
     let plan = RunPlan {
@@ -126,6 +141,13 @@ pub fn plan(job: &Job, rank: &Rank) -> Result<(RunPlan, RunOwner)> {
 /// Reads what a load would stumble over: configuration, headers, tokenizer.
 fn check_model(job: &Job) -> Result<ModelConfig> {
     let dir = &job.model.model;
+    if dir.is_file() {
+        return Err(Error::input(format!(
+            "--model {}: a single file is not read yet (GGUF); give a directory with config.json, \
+             tokenizer.json and *.safetensors",
+            dir.display()
+        )));
+    }
     let config = ModelConfig::from_dir(dir)?;
     config.check_tensor_parallel(job.parallelism.tensor_parallel)?;
     Safetensors::open(dir, None)?;
@@ -169,6 +191,28 @@ fn resolve_sampling(job: &Job) -> Result<SamplingParams> {
     Ok(if job.mode == Mode::Score { SamplingParams::default() } else { params })
 }
 
+/// Before anything is staged: an output that cannot be, or that would take the prompts'
+/// place.
+fn check_output(job: &Job) -> Result<()> {
+    let Some(output) = &job.output.output else { return Ok(()) };
+    let refused = |why| Error::input(format!("--output {}: {why}", output.display()));
+    if output.is_dir() {
+        return Err(refused("is a directory; give the name of a file"));
+    }
+    let mut partial = output.clone().into_os_string();
+    partial.push(".partial");
+    let prompts = std::fs::canonicalize(&job.input.prompts_file);
+    let is_prompts = |path: &Path| {
+        prompts.as_ref().is_ok_and(|prompts| {
+            prompts.is_file() && std::fs::canonicalize(path).is_ok_and(|path| path == *prompts)
+        })
+    };
+    if is_prompts(output) || is_prompts(Path::new(&partial)) {
+        return Err(refused("would overwrite the prompts file; give another name"));
+    }
+    Ok(())
+}
+
 fn open_prompts(job: &Job) -> Result<(PromptsSource, InputIdentity)> {
     let format = match job.input.prompts_format {
         cli::PromptsFormat::Auto => None,
@@ -182,18 +226,20 @@ fn open_prompts(job: &Job) -> Result<(PromptsSource, InputIdentity)> {
         ..ReadOptions::default()
     };
     let file = &job.input.prompts_file;
-    if file == Path::new("-") {
+    let (path, identity, spool) = if file == Path::new("-") {
         options.name = Some("-".to_owned());
         options.format = format.or(Some(PromptFormat::JsonLines));
-        let path = spool_path(job);
+        let path = spool_path(job)?;
+        let spool = Spool(path.clone());
         let identity = spool_stdin(&path)?;
-        let source = PromptsSource { path, options };
-        PromptReader::check(&source.path, &source.options).inspect_err(|_| source.discard())?;
-        return Ok((source, identity));
-    }
-    PromptReader::check(file, &options)?;
-    let identity = InputIdentity::of_file(file)?;
-    Ok((PromptsSource { path: file.clone(), options }, identity))
+        PromptReader::check(&path, &options)?;
+        (path, identity, Some(spool))
+    } else {
+        // What is not a regular file (a FIFO) is refused before its content is looked at.
+        PromptReader::check(file, &options)?;
+        (file.clone(), InputIdentity::of_file(file)?, None)
+    };
+    Ok((PromptsSource { path, options, spool }, identity))
 }
 
 /// Opened before any work, so that an output that cannot be written costs no staging.
@@ -205,48 +251,22 @@ fn open_output(job: &Job, run: &RunDir) -> Result<OrderedOutput> {
     OrderedOutput::create(target, &run.spill(), OrderedOutput::EARLY_BYTES_MAX)
 }
 
-/// Refuses an output that would replace the prompts.
-fn check_output(job: &Job) -> Result<()> {
-    let Some(output) = &job.output.output else { return Ok(()) };
-    let same = match (output.canonicalize(), job.input.prompts_file.canonicalize()) {
-        (Ok(output), Ok(prompts)) => output == prompts && prompts.is_file(),
-        _ => false,
-    };
-    if same {
-        let name = output.display();
-        return Err(Error::usage(format!(
-            "--output {name} is the prompts file: give the output another name"
-        )));
-    }
-    Ok(())
-}
-
-/// Standard input waits here until the run directory is known.
-fn spool_path(job: &Job) -> PathBuf {
+/// Standard input waits here until the run directory is known. The folder is created.
+fn spool_path(job: &Job) -> Result<PathBuf> {
     let folder = match &job.output.run_dir {
         Some(dir) => dir.clone(),
         None => run_folder(job),
     };
-    folder.join(format!(".stdin-{}", std::process::id()))
+    std::fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
+    Ok(folder.join(format!(".stdin-{}", std::process::id())))
 }
 
 impl PromptsSource {
-    fn is_spooled(&self) -> bool {
-        self.options.name.as_deref() == Some("-")
-    }
-
-    /// Removes spooled standard input that no run will read.
-    fn discard(&self) {
-        if self.is_spooled() {
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-
     /// Moves spooled standard input into the run directory.
     fn keep_in(&mut self, run_dir: &Path) -> Result<()> {
-        if self.is_spooled() {
+        if let Some(spool) = self.spool.take() {
             let kept = run_dir.join("stdin");
-            std::fs::rename(&self.path, &kept).map_err(|error| Error::io(&kept, error))?;
+            std::fs::rename(&spool.0, &kept).map_err(|error| Error::io(&kept, error))?;
             self.path = kept;
         }
         Ok(())

@@ -6,6 +6,8 @@
 //! values run over the keys in position order, so the bits do not depend on the
 //! prefill's chunks or on the batch.
 
+#![allow(clippy::needless_range_loop, reason = "tiles are indexed in two dimensions at once")]
+
 use std::cell::RefCell;
 
 use super::parallel::{self, SharedMut};

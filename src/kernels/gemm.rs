@@ -6,6 +6,8 @@
 //! same model converted to f32. Each output is one dot product with 16 running
 //! sums, whatever the tile it is computed in.
 
+#![allow(clippy::needless_range_loop, reason = "tiles are indexed in two dimensions at once")]
+
 use half::{bf16, f16};
 
 use super::parallel::{self, SharedMut};

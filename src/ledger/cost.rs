@@ -35,7 +35,7 @@ impl Limits {
         if let Some(body) = &self.body {
             return body.new_tokens(default);
         }
-        let limit = self.max_new_tokens.or(self.max_tokens).or(self.max_completion_tokens);
+        let limit = self.max_new_tokens.or(self.max_completion_tokens).or(self.max_tokens);
         limit.unwrap_or(default).saturating_mul(self.n.unwrap_or(1).clamp(1, 16))
     }
 }

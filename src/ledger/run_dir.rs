@@ -90,7 +90,7 @@ fn leaves(identity: &RunIdentity) -> Vec<(String, String)> {
 pub struct Launch {
     /// farm's version.
     pub farm_version: String,
-    /// The kernels' tier and the device: floating point may differ between them.
+    /// The CPU kernels' tier (all give the same bits).
     pub kernel_tier: String,
     /// Slurm's job id.
     pub slurm_job_id: Option<String>,
@@ -248,16 +248,13 @@ fn read_run(path: &Path, bytes: &[u8], identity: &RunIdentity) -> Result<RunFile
 
 fn launch_warnings(run: &RunFile, launch: &Launch) -> Vec<String> {
     let Some(last) = run.launches.last() else { return Vec::new() };
-    [
-        ("kernels", &last.kernel_tier, &launch.kernel_tier),
-        ("farm's version", &last.farm_version, &launch.farm_version),
-    ]
-    .into_iter()
-    .filter(|(_, before, now)| before != now)
-    .map(|(what, before, now)| {
-        format!("{what}: {before} in the run so far, {now} now; floating point may differ")
-    })
-    .collect()
+    [("farm's version", &last.farm_version, &launch.farm_version)]
+        .into_iter()
+        .filter(|(_, before, now)| before != now)
+        .map(|(what, before, now)| {
+            format!("{what}: {before} in the run so far, {now} now; floating point may differ")
+        })
+        .collect()
 }
 
 /// Moves what the last run left into `set-aside-N/`; a kill in between loses nothing.
@@ -328,7 +325,7 @@ mod tests {
         finish_one(&path);
         assert!(open(&path, &identity(), ExistingRun::Resume).is_err(), "in use");
         drop(first);
-        let later = Launch { kernel_tier: "avx512".into(), ..launch(200) };
+        let later = Launch { farm_version: "9.9.9".into(), ..launch(200) };
         let second = RunDir::open(&path, &identity(), later, ExistingRun::Resume).unwrap();
         assert!(second.resumed());
         assert_eq!(second.started_unix_seconds(), 100);

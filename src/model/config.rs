@@ -247,7 +247,7 @@ impl ModelConfig {
     /// Refuses tensor-parallel sizes that do not divide the model.
     ///
     /// # Errors
-    /// A usage error (bad model for this split) that lists the sizes that work.
+    /// An input error that lists the sizes that work.
     pub fn check_tensor_parallel(&self, size: usize) -> Result<()> {
         let works = |n: usize| {
             let kv = self.num_key_value_heads;

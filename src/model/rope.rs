@@ -29,7 +29,7 @@ impl RotaryEmbedding {
         let (inv_freq, attention_factor) = frequencies(config);
         let angles = (0..max_seq_len)
             .flat_map(|p| inv_freq.iter().map(move |f| p as f32 * f))
-            .map(|a| (a.cos() * attention_factor, a.sin() * attention_factor));
+            .map(|a| cos_sin(a, attention_factor));
         let (cos, sin) = angles.unzip();
         let dynamic = match config.rope.scaling {
             RopeScaling::Dynamic { factor } => Some(Dynamic {
@@ -57,7 +57,7 @@ impl RotaryEmbedding {
                     .frequencies(seq_len, self.half * 2)
                     .iter()
                     .map(|f| position as f32 * f)
-                    .map(|a| (a.cos(), a.sin()))
+                    .map(|a| cos_sin(a, 1.0))
                     .unzip();
                 return f(&cos, &sin);
             }
@@ -74,6 +74,12 @@ impl Dynamic {
         let d = dim as f64;
         plain_frequencies(self.theta * stretch.powf(d / (d - 2.0)), dim)
     }
+}
+
+/// In f64, then rounded: the C library's f32 functions differ between CPUs.
+fn cos_sin(angle: f32, factor: f32) -> (f32, f32) {
+    let angle = f64::from(angle);
+    (angle.cos() as f32 * factor, angle.sin() as f32 * factor)
 }
 
 /// `1 / theta^(2i/dim)`.

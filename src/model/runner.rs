@@ -143,7 +143,14 @@ impl Runner for ModelRunner {
             let bytes = serde_json::to_vec(batch).map_err(Error::fault)?;
             self.broadcast_step(bytes);
         }
-        let data = self.model.forward(batch, &mut self.cache)?;
+        // On a pool thread the kernels' forks and joins need no sleep and wake-up each. Not
+        // with a group: ranks that are threads share the pool, and one that waits for the
+        // others' sums would hold a thread that they need.
+        let Self { model, cache, .. } = self;
+        let data = match self.comm.size() {
+            1 => rayon::scope(|_| model.forward(batch, cache)),
+            _ => model.forward(batch, cache),
+        }?;
         Ok(Logits { data, vocab_size: self.config.vocab_size })
     }
 }

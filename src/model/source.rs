@@ -155,7 +155,7 @@ impl Safetensors {
             let at = info.offset + (row * width + cols.start) * size;
             // SAFETY: floats may be written as bytes.
             let bytes = unsafe {
-                std::slice::from_raw_parts_mut(out.as_mut_ptr().cast::<u8>(), out.len() * size)
+                std::slice::from_raw_parts_mut(out.as_mut_ptr().cast::<u8>(), size_of_val(out))
             };
             // By pread, so that the other ranks' columns are not mapped here.
             self.files[info.file]

@@ -35,6 +35,9 @@ pub struct JobEnv {
     pub cpus_per_task: Option<usize>,
     /// `SLURM_CPUS_ON_NODE`: CPUs of this node in the allocation.
     pub cpus_on_node: Option<usize>,
+    /// `SLURM_GPUS_ON_NODE`: GPUs of this node in the allocation.
+    #[serde(default)]
+    pub gpus_on_node: Option<usize>,
     /// `SLURM_MEM_PER_NODE`, MiB; 0 = all of the node's.
     pub mem_per_node_mib: Option<u64>,
     /// `SLURM_MEM_PER_CPU`, MiB.
@@ -68,6 +71,7 @@ impl JobEnv {
             step_num_tasks: count("SLURM_STEP_NUM_TASKS"),
             cpus_per_task: count("SLURM_CPUS_PER_TASK").filter(|&n| n > 0),
             cpus_on_node: count("SLURM_CPUS_ON_NODE").filter(|&n| n > 0),
+            gpus_on_node: count("SLURM_GPUS_ON_NODE"),
             mem_per_node_mib: number("SLURM_MEM_PER_NODE"),
             mem_per_cpu_mib: number("SLURM_MEM_PER_CPU"),
             end_time_unix_seconds: number("SLURM_JOB_END_TIME"),

@@ -222,7 +222,9 @@ impl Meter {
         stats.warm_up_steps = warm_up.steps;
         stats.warm_up_tokens = warm_up.prefill_tokens + warm_up.decode_tokens;
         stats.warm_up_seconds = warm_up.seconds();
-        stats.prefill_tokens_per_second = ratio(rated.prefill_tokens as f64, rated.prefill_seconds);
+        // A short run may prefill in the warm-up alone: its figure then is that.
+        let prefill = |sums: &Sums| ratio(sums.prefill_tokens as f64, sums.prefill_seconds);
+        stats.prefill_tokens_per_second = prefill(&rated).or_else(|| prefill(&all));
         stats.decode_tokens_per_second = ratio(rated.decode_tokens as f64, rated.decode_seconds);
         stats.steps = all.steps;
         stats.batch_mean = ratio(all.sequences as f64, all.steps as f64);

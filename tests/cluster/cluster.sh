@@ -111,9 +111,9 @@ export PATH=\$PATH:/usr/local/sbin:/usr/sbin:/sbin
 # root, and more ranks than cores, are normal here
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1
-# Slurm's mixed fence lets a rank leave MPI_Init while another is still before its end; on busy cores a few runs
-# in a hundred then crash there, as Open MPI's TCP gets a message that it has no handler for yet
-export SLURM_PMIX_FENCE=tree
+# Slurm 22.05's tree fence, a part of its default, does not wait for a late rank: others leave MPI_Init before
+# it, and it crashes there, as Open MPI's TCP gets a message that it has no handler for yet
+export SLURM_PMIX_FENCE=ring
 # our munged is not at the socket that PMIx would ask
 export PMIX_MCA_psec=native
 END

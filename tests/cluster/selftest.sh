@@ -42,6 +42,16 @@ test_mpi_splits_by_node() {
     expect mpirun "4 ranks 1 nodes 4 per node" "$(login mpirun -n 4 "$SCRATCH/split")"
 }
 
+# Whether SLURM_PMIX_FENCE, which cluster.sh sets, does what it is for.
+test_mpi_start_waits_for_a_late_rank() {
+    [ -x "$SCRATCH/split" ] || skip "no mpicc"
+    local rank
+    for rank in 0 3 6; do
+        expect "rank $rank late" "8 ranks 4 nodes 2 per node" \
+            "$(login env LATE_RANK=$rank srun -N4 -n8 --mpi=pmix "$SCRATCH/split")"
+    done
+}
+
 test_mpirun_inside_a_job() {
     [ -x "$SCRATCH/split" ] || skip "no mpicc"
     echo "mpirun $SCRATCH/split" | batch mpirun
@@ -137,7 +147,8 @@ test_down_leaves_nothing() {
 }
 
 own_cluster "/var/tmp/farm-selftest-$(id -u)" 4
-run_tests srun_on_four_nodes nodes_have_their_own_memory_and_tmp mpi_splits_by_node mpirun_inside_a_job array \
-    scancel signal_reaches_the_batch_shell_and_the_step requeue gpus_are_counted limit_slows_a_link \
+run_tests srun_on_four_nodes nodes_have_their_own_memory_and_tmp mpi_splits_by_node \
+    mpi_start_waits_for_a_late_rank mpirun_inside_a_job array scancel \
+    signal_reaches_the_batch_shell_and_the_step requeue gpus_are_counted limit_slows_a_link \
     up_again_keeps_a_running_cluster a_crashed_node_is_noticed up_after_a_killed_cluster down_leaves_nothing
 finish

@@ -1,9 +1,11 @@
 /* What selftest.sh runs to see that MPI works across the cluster's nodes: every rank finds the ranks on its own
  * node (MPI_COMM_TYPE_SHARED), all agree on the number of nodes, and a few megabytes go round the ring of ranks.
- * Rank 0 prints "RANKS ranks NODES nodes PER_NODE per node". */
+ * Rank 0 prints "RANKS ranks NODES nodes PER_NODE per node".
+ * With LATE_RANK=n in the environment Slurm's rank n comes a second late, which the others must wait for. */
 #include <mpi.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 enum { RING_BYTES = 4 << 20 };
 
@@ -20,7 +22,13 @@ static int ring_delivers(int rank, int size) {
     return good;
 }
 
+static void be_late(void) {
+    const char *late = getenv("LATE_RANK"), *rank = getenv("SLURM_PROCID");
+    if (late && rank && atoi(late) == atoi(rank)) sleep(1);
+}
+
 int main(int argc, char **argv) {
+    be_late();
     MPI_Init(&argc, &argv);
     int rank, size, local_rank, local_size, nodes, all_good;
     MPI_Comm node;

@@ -74,7 +74,7 @@ fn an_output_that_cannot_be_written_is_refused_before_any_work() {
     let dir = tempfile::tempdir().unwrap();
     let prompts = dir.path().join("prompts.jsonl").display().to_string();
     let folder = dir.path().display().to_string();
-    for (output, reason) in [(&prompts, "is the prompts file"), (&folder, "s a directory")] {
+    for (output, reason) in [(&prompts, "the prompts file"), (&folder, "is a directory")] {
         let outcomes = run(dir.path(), 2, &["--output", output]);
         for outcome in outcomes {
             let error = outcome.unwrap_err();

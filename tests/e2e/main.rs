@@ -1,0 +1,13 @@
+//! farm through its binary, from a prompts file to what it leaves: alone, with ranks as
+//! threads, and under mpirun. Without an mpirun that part is left out, and says so.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod identical;
+mod memory;
+mod records;
+mod refusals;
+mod resume;
+mod score;
+mod staging;
