@@ -224,10 +224,15 @@ unsafe fn tile<S: Simd, E: Element, const M: usize, const N: usize>(
         let w = p.w.add(row * p.stride);
         let mut acc = [[S::splat(0.0); N]; M];
         let whole = p.cols / LANES * LANES;
+        let first = i < M;
+        let ahead = if M == 1 { 3 * N } else { N };
         let mut k = 0;
         while k < whole {
             let xs: [S::V; M] = std::array::from_fn(|i| S::load(x.add(i * p.cols + k)));
             for n in 0..N {
+                if first {
+                    S::prefetch(w.wrapping_add((n + ahead) * p.stride + k));
+                }
                 let wv = E::load::<S>(w.add(n * p.stride + k));
                 for m in 0..M {
                     acc[m][n] = S::fma(xs[m], wv, acc[m][n]);

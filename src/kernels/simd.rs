@@ -46,6 +46,17 @@ pub trait Simd: Copy {
     unsafe fn round(a: Self::V) -> Self::V;
     /// `2^n` for integer-valued lanes in -126..=127.
     unsafe fn pow2(n: Self::V) -> Self::V;
+    /// Brings the cache line at `p` near, if the CPU can; any address will do.
+    #[inline(always)]
+    fn prefetch<T>(p: *const T) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch reads nothing and cannot fault; SSE is in every x86-64.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(p.cast());
+        }
+        let _ = p;
+    }
     /// Sum of the lanes: i + (i+8), then + (i+4), + (i+2), + (i+1).
     unsafe fn sum(v: Self::V) -> f32;
 }
