@@ -7,7 +7,7 @@
 //! With `n` above 1, `text` and its neighbours are the first completion's, so that
 //! every line has the same columns, and `completions` lists all of them; `usage`
 //! counts all. An error line has `null` for `prompt` and `text`.
-//! OpenAI batch lines are answered in OpenAI's form ([`openai`]).
+//! OpenAI batch lines are answered in OpenAI's form (`openai.rs`).
 //!
 //! A line is a pure function of its arguments: no clock, so that reruns agree.
 

@@ -17,7 +17,7 @@ const SAMPLE_BYTES: u64 = 1 << 20;
 /// Whether an input is the one that a run was started with.
 ///
 /// For a file: its size and the hash of all bytes, so that a job script that writes the
-/// same prompts again before each start goes on with its run. Beyond [`HASHED_BYTES`] a
+/// same prompts again before each start goes on with its run. Beyond `HASHED_BYTES` a
 /// full hash would hold up the start: there its size, its modification time, and a hash
 /// of its first and last MiB; a change in the middle that keeps both goes unnoticed.
 /// For standard input, which is read completely into the spool anyway: the size and

@@ -1,7 +1,7 @@
 //! Carries out a phase of the plan: one node reads, a chain of nodes receives.
 //!
 //! Each node passes a chunk on before it writes it, and sends a receipt back once it
-//! has taken it; a sender is at most [`AHEAD`] receipts ahead, which bounds the memory
+//! has taken it; a sender is at most `AHEAD` receipts ahead, which bounds the memory
 //! on its way. Reading and hashing run on a thread of their own, writing and verifying
 //! on others. A node that fails says so in its receipts and goes on passing chunks
 //! along, so that nobody waits for it; the reader then stops the chain with an empty
