@@ -10,6 +10,21 @@ pub struct LayerCache {
     pub values: Vec<f32>,
 }
 
+/// Blocks lie all over the pool: in pages of 4 KiB each would cost the CPU a walk of the
+/// page tables, and the prefetchers stop at each page's end. Refused is no harm.
+fn ask_for_huge_pages(pool: &mut [f32]) {
+    const PAGE: usize = 4096;
+    let bytes = pool.as_mut_ptr().cast::<u8>();
+    let skip = bytes.align_offset(PAGE);
+    let len = (size_of_val(pool).saturating_sub(skip)) / PAGE * PAGE;
+    if len > 0 {
+        // SAFETY: whole pages inside the pool; the advice changes no content.
+        let _ = unsafe {
+            rustix::mm::madvise(bytes.add(skip).cast(), len, rustix::mm::Advice::LinuxHugepage)
+        };
+    }
+}
+
 /// All layers of this rank's heads.
 pub struct KvCache {
     layers: Vec<LayerCache>,
@@ -21,7 +36,12 @@ impl KvCache {
     /// never used takes none.
     pub fn new(heads: Heads, num_layers: usize, num_blocks: usize) -> Self {
         let len = num_blocks * heads.block_len();
-        let layer = || LayerCache { keys: vec![0.0; len], values: vec![0.0; len] };
+        let pool = || {
+            let mut pool = vec![0.0; len];
+            ask_for_huge_pages(&mut pool);
+            pool
+        };
+        let layer = || LayerCache { keys: pool(), values: pool() };
         Self { layers: (0..num_layers).map(|_| layer()).collect(), num_blocks }
     }
 
