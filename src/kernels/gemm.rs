@@ -224,6 +224,9 @@ unsafe fn tile<S: Simd, E: Element, const M: usize, const N: usize>(
         let w = p.w.add(row * p.stride);
         let mut acc = [[S::splat(0.0); N]; M];
         let whole = p.cols / LANES * LANES;
+        // The first tile that passes over these weights brings the next rows near, else
+        // memory would idle while the other tiles multiply. A single row multiplies so
+        // fast that it must look further ahead.
         let first = i < M;
         let ahead = if M == 1 { 3 * N } else { N };
         let mut k = 0;
