@@ -286,6 +286,17 @@ test_template_tensor_parallel() {
     complete "$(output template-tp)" "$PROMPTS"
 }
 
+# Two groups of two ranks: each group's ranks are neighbours, so on one node; with one task a node a group spans two.
+test_tensor_parallel_gives_the_same_text() {
+    # shellcheck disable=SC2046
+    login "$FARM" $(arguments tp-alone)
+    srun_farm tp-2x2 "-N2 -n4" --tensor-parallel 2
+    srun_farm tp-across "-N4 -n4" --tensor-parallel 2
+    complete "$(output tp-alone)" "$PROMPTS"
+    same "$(output tp-alone)" "$(output tp-2x2)"
+    same "$(output tp-alone)" "$(output tp-across)"
+}
+
 test_template_array() {
     split -n r/2 -d -a 2 --additional-suffix=.jsonl "$PROMPTS" "$SCRATCH/part-"
     FARM_PROMPTS_PATTERN='part-%2a.jsonl' template farm-array "--array=0-1" \
@@ -339,6 +350,7 @@ fi
 own_cluster "/var/tmp/farm-e2e-$UID" 4
 prepare
 run_tests greedy_is_the_same_for_every_launch sampling_is_the_same_for_every_launch \
+    tensor_parallel_gives_the_same_text \
     staged_on_every_node_and_reused flipped_byte_is_mended staged_copy_goes_at_the_end killed_while_staging \
     silent_singletons_are_refused bad_lines_become_error_records missing_model_ends_every_rank_at_once \
     module_files template_cpu template_notices_a_step_that_did_not_start template_by_mpirun template_gpu_is_accepted template_tensor_parallel template_array \
