@@ -7,7 +7,7 @@ mod support;
 
 use std::time::Instant;
 
-use candle_core::{DType, Device, IndexOp, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama::{Cache, Llama, LlamaConfig};
 
@@ -39,7 +39,7 @@ fn main() -> candle_core::Result<()> {
             let prefill = (batch * PROMPT) as f64 / start.elapsed().as_secs_f64();
             let start = Instant::now();
             for i in 0..NEW {
-                let token = logits.i((.., ..))?.argmax(1)?.unsqueeze(1)?;
+                let token = logits.argmax(1)?.unsqueeze(1)?;
                 logits = model.forward(&token, PROMPT + i, &mut cache)?;
             }
             let decode = (batch * NEW) as f64 / start.elapsed().as_secs_f64();

@@ -16,6 +16,7 @@ use clap::builder::{BoolishValueParser, NonEmptyStringValueParser};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::slurm;
+pub use crate::stats::progress::ProgressMode;
 
 mod choices;
 mod text;
@@ -25,8 +26,7 @@ pub mod values;
 mod tests;
 
 pub use choices::{
-    Dtype, GenerationConfigSource, KernelTier, LogFormat, ProgressMode, PromptsFormat,
-    StageFallback,
+    Dtype, GenerationConfigSource, KernelTier, LogFormat, PromptsFormat, StageFallback,
 };
 use values::{
     at_least_one, bytes, fraction, non_negative, nucleus_mass, one_to, penalty, positive,

@@ -69,16 +69,3 @@ pub enum LogFormat {
     /// One JSON object a line.
     Json,
 }
-
-/// `--progress`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum ProgressMode {
-    /// A bar on a terminal, lines elsewhere.
-    Auto,
-    /// A bar.
-    Bar,
-    /// A line every 30 s.
-    Line,
-    /// Nothing.
-    None,
-}

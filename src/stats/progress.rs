@@ -7,10 +7,10 @@ use std::io::IsTerminal;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::format;
-use crate::cli::ProgressMode;
 use crate::error::say;
 
 /// Time between two lines.
@@ -18,6 +18,19 @@ const LINE_EVERY: Duration = Duration::from_secs(30);
 
 /// The bar that is on the terminal now.
 static BAR: Mutex<Option<ProgressBar>> = Mutex::new(None);
+
+/// What is shown while the run goes on: `--progress`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ProgressMode {
+    /// A bar on a terminal, lines elsewhere.
+    Auto,
+    /// A bar.
+    Bar,
+    /// A line every 30 s.
+    Line,
+    /// Nothing.
+    None,
+}
 
 /// How far the run is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
