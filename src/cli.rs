@@ -19,6 +19,7 @@ use crate::slurm;
 pub use crate::stats::progress::ProgressMode;
 
 mod choices;
+mod run;
 mod text;
 pub mod values;
 
@@ -28,6 +29,7 @@ mod tests;
 pub use choices::{
     Dtype, GenerationConfigSource, KernelTier, LogFormat, PromptsFormat, StageFallback,
 };
+pub use run::{RetryArgs, RunArgs, StatusArgs};
 use values::{
     at_least_one, bytes, fraction, non_negative, nucleus_mass, one_to, penalty, positive,
 };
@@ -59,6 +61,10 @@ pub enum Command {
     Generate(Box<GenerateArgs>),
     /// Give every prompt's log-probability and perplexity
     Score(Box<ScoreArgs>),
+    /// Work on the failed records of a run again
+    Retry(Box<RetryArgs>),
+    /// Show how far a run is, who works on it, and when it may end
+    Status(StatusArgs),
     /// Copy a model to the memory of every node and keep it there
     Stage(StageCommandArgs),
     /// Print the tables of a finished run again and write them as an HTML page
@@ -90,6 +96,9 @@ pub struct GenerateArgs {
     /// Where records go.
     #[command(flatten)]
     pub output: OutputArgs,
+    /// How the run is kept safe and shared.
+    #[command(flatten)]
+    pub run: RunArgs,
     /// The log on stderr.
     #[command(flatten)]
     pub log: LogArgs,
@@ -113,6 +122,9 @@ pub struct ScoreArgs {
     /// Where records go.
     #[command(flatten)]
     pub output: OutputArgs,
+    /// How the run is kept safe and shared.
+    #[command(flatten)]
+    pub run: RunArgs,
     /// The log on stderr.
     #[command(flatten)]
     pub log: LogArgs,
@@ -368,7 +380,7 @@ impl Cli {
     }
 
     /// Parses a command line whose first word is the program's name.
-    fn parse_args(args: Vec<OsString>) -> Result<Self, clap::Error> {
+    pub(crate) fn parse_args(args: Vec<OsString>) -> Result<Self, clap::Error> {
         // The environment twins follow one rule: naming each would double the help.
         let mut command = Self::command().mut_subcommands(|c| c.mut_args(|a| a.hide_env(true)));
         let matches = command.try_get_matches_from_mut(args)?;

@@ -1,6 +1,7 @@
 //! `farm generate` and `farm score`: the main job, from a prompts file to ordered
 //! JSONL and statistics.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,19 +9,21 @@ use serde_json::json;
 
 use crate::cli::{self, GenerateArgs, ScoreArgs};
 use crate::comm::{Communicator, Topology, agree, broadcast_vec};
+use crate::commands::deadline::Deadline;
 use crate::commands::launch::Rank;
 use crate::commands::load::{Decoder, Loaded, load};
-use crate::commands::plan::{RunOwner, RunPlan, plan};
+use crate::commands::plan::{RunOwner, RunPlan, Session, now_unix_seconds, plan};
 use crate::commands::records::Records;
 use crate::commands::signals::StopSignal;
 use crate::commands::summary::{self, Phases};
 use crate::commands::work::{Metered, Worker, progress_state};
 use crate::engine::{Engine, EngineConfig, Mode};
 use crate::error::{EXIT_SOME_RECORDS_FAILED, say};
-use crate::ledger::parts::Stored;
+use crate::ledger::claims::ClaimsConfig;
 use crate::ledger::record::RunInfo;
 use crate::ledger::{
-    Coordinator, Handout, HandoutConfig, OutputCounts, PartWriter, RemoteLink, RunDir, WorkerLink,
+    Coordinator, CoordinatorParts, Feed, FeedConfig, Handout, HandoutConfig, JournalHeader,
+    JournalWriter, Journals, OutputCounts, RemoteLink, RunDir, SyncPolicy, WorkerLink,
     estimate_cost,
 };
 use crate::model::{ModelRunner, WeightDtype};
@@ -50,13 +53,19 @@ pub struct Job {
     pub staging: cli::StagingArgs,
     /// Where records go.
     pub output: cli::OutputArgs,
+    /// How the run is kept safe and shared.
+    pub run: cli::RunArgs,
     /// What is said on stderr.
     pub log: cli::LogArgs,
+    /// Work on the failed records again.
+    pub retry: bool,
+    /// The flags that were given.
+    pub given: Vec<cli::GivenFlag>,
 }
 
 impl Job {
     /// `farm generate`.
-    pub fn generate(args: &GenerateArgs) -> Self {
+    pub fn generate(args: &GenerateArgs, given: &[cli::GivenFlag]) -> Self {
         let args = args.clone();
         Self {
             command: "generate",
@@ -68,12 +77,15 @@ impl Job {
             parallelism: args.parallelism,
             staging: args.staging,
             output: args.output,
+            run: args.run,
             log: args.log,
+            retry: false,
+            given: given.to_vec(),
         }
     }
 
     /// `farm score`.
-    pub fn score(args: &ScoreArgs) -> Self {
+    pub fn score(args: &ScoreArgs, given: &[cli::GivenFlag]) -> Self {
         let args = args.clone();
         Self {
             command: "score",
@@ -85,7 +97,10 @@ impl Job {
             parallelism: args.parallelism,
             staging: args.staging,
             output: args.output,
+            run: args.run,
             log: args.log,
+            retry: false,
+            given: given.to_vec(),
         }
     }
 
@@ -97,6 +112,34 @@ impl Job {
             cli::Dtype::F32 => Some(WeightDtype::F32),
             cli::Dtype::Bf16 => Some(WeightDtype::Bf16),
             cli::Dtype::F16 => Some(WeightDtype::F16),
+        }
+    }
+
+    /// The flags as `run.json` records them: with absolute paths, without those of the run
+    /// directory.
+    ///
+    /// # Errors
+    /// A fault where the current directory is not known.
+    pub fn recorded_arguments(&self) -> Result<Vec<String>> {
+        const OWN: [&str; 3] = ["run-dir", "resume", "force-new"];
+        const PATHS: [&str; 4] = ["prompts-file", "model", "output", "stage-dir"];
+        let flags = self.given.iter().filter(|flag| !OWN.contains(&flag.name.as_str()));
+        let word = |flag: &cli::GivenFlag| match &flag.value {
+            Some(path) if PATHS.contains(&flag.name.as_str()) && path != "-" => {
+                let path = std::path::absolute(path).map_err(Error::fault)?;
+                Ok(cli::flag_word(&flag.name, Some(path.as_os_str())))
+            }
+            _ => Ok(flag.word()),
+        };
+        flags.map(|flag| word(flag).map(|word| word.to_string_lossy().into_owned())).collect()
+    }
+
+    /// How launches on one run see each other.
+    pub fn claims_config(&self) -> ClaimsConfig {
+        let heartbeat_timeout_seconds = self.run.heartbeat_timeout as f64;
+        ClaimsConfig {
+            heartbeat_seconds: (heartbeat_timeout_seconds / 8.0).min(5.0),
+            heartbeat_timeout_seconds,
         }
     }
 
@@ -119,6 +162,10 @@ impl Job {
         let attached = owner.as_ref().map_or(Ok(()), |_| events.attach(&plan.run_dir));
         agree(world, attached)?;
         phases.start_seconds = start.elapsed().as_secs_f64();
+        if plan.finished {
+            return write_again(world, owner);
+        }
+        let deadline = Deadline::new(self.run.time_limit, &rank.job, start);
 
         let staged = self.stage(&topology, &mut events, start)?;
         phases.stage_seconds = start.elapsed().as_secs_f64() - phases.start_seconds;
@@ -135,11 +182,13 @@ impl Job {
         world.barrier();
 
         let mut meter = Meter::new(model_cost(&loaded.runner));
-        let run = Run { job: self, topology: &topology, plan: &plan, stop: &stop, start };
+        let topology = &topology;
+        let run =
+            Run { job: self, rank, topology, plan: &plan, stop: &stop, deadline: &deadline, start };
         let outcome = run.work(loaded, owner.as_mut(), &mut meter, &mut events);
         // Statistics are written also after a failure; its error counts more than theirs.
         let closed = run.close(rank, owner.as_ref(), &staged, &phases, meter, events, &outcome);
-        staged.finish(&topology);
+        staged.finish(topology);
         // A fault on any rank counts more than that the run stopped for it.
         let ended = agree(world, outcome.and_then(|ended| closed.map(|()| ended)))?;
         let code = broadcast_vec(world, 0, ended.exit_code().to_le_bytes().to_vec());
@@ -188,6 +237,22 @@ impl Job {
         }
         Ok(staged)
     }
+}
+
+/// Every record was done before: only the output is written again, from the journals.
+fn write_again(world: &dyn Communicator, owner: Option<RunOwner>) -> Result<i32> {
+    let write = |mut session: Session| {
+        let total = session.journals.done().len();
+        let written = session.output.merge(session.journals.lines()?, total);
+        session.membership.leave(if written.is_ok() { "complete" } else { "failed" });
+        tracing::info!("all {total} records were done before; the output is written again");
+        written
+    };
+    let session = owner.and_then(|owner| owner.session);
+    let written = agree(world, session.map(write).transpose())?;
+    let code = Ended { written, ..Ended::default() }.exit_code();
+    let code = broadcast_vec(world, 0, code.to_le_bytes().to_vec());
+    Ok(i32::from_le_bytes(code.try_into().unwrap_or_default()))
 }
 
 fn pin_kernels(tier: cli::KernelTier) -> Result<()> {
@@ -252,9 +317,11 @@ fn interrupted() -> Error {
 /// The ranks at work.
 struct Run<'a> {
     job: &'a Job,
+    rank: &'a Rank,
     topology: &'a Topology,
     plan: &'a RunPlan,
     stop: &'a StopSignal,
+    deadline: &'a Deadline,
     start: Instant,
 }
 
@@ -270,15 +337,10 @@ impl Run<'_> {
     ) -> Result<Ended> {
         let world = &*self.topology.world;
         let leaders = self.topology.data_parallel.as_ref();
-        // Rank 0 cuts torn tails before any rank appends.
-        let stored = agree(world, owner.as_ref().map(|owner| owner.run.stored()).transpose())?;
-        let part = leaders
-            .map(|all| PartWriter::open(&RunDir::parts_of(&self.plan.run_dir), all.rank()))
-            .transpose();
-        let part = agree(world, part)?;
+        let journal = agree(world, leaders.map(|all| self.journal(all.rank())).transpose())?;
         let coordinator = owner
             .zip(leaders)
-            .map(|(owner, all)| self.coordinator(all.clone(), owner, stored.unwrap_or_default()))
+            .map(|(owner, all)| self.coordinator(all.clone(), owner))
             .transpose();
         let coordinator = agree(world, coordinator)?;
         let Loaded { runner, preparer, eos_token_ids } = loaded;
@@ -287,17 +349,21 @@ impl Run<'_> {
             None => (Ok(None), Some(runner)),
         };
         let engine = agree(world, engine)?;
-        let outcome = match (leaders, engine, part) {
-            (Some(leaders), Some(engine), Some(mut part)) => {
+        let outcome = match (leaders, engine, journal) {
+            (Some(leaders), Some(engine), Some(mut journal)) => {
                 let worker = Worker {
                     engine,
                     records: Records::new(self.job.mode, self.run_info(), preparer),
-                    part: &mut part,
+                    journal: &mut journal,
+                    run_key: &self.plan.run_key,
+                    in_work: HashMap::new(),
                     slots: self.job.model.max_batch_size,
                     meter,
                     events: &mut *events,
                     progress: None,
                     stop: self.stop,
+                    deadline: self.deadline,
+                    longest_step_seconds: 0.0,
                     start: self.start,
                 };
                 self.lead(worker, leaders.clone(), coordinator)
@@ -342,8 +408,8 @@ impl Run<'_> {
         let worked = worker.run(&mut coordinator);
         let closed = coordinator.close();
         let progress = coordinator.progress().unwrap_or_default();
-        let records_resumed = coordinator.counts().skipped;
-        let written = coordinator.finish();
+        let records_resumed = coordinator.records_resumed();
+        let written = coordinator.finish(&|| self.stop.is_set() || self.deadline.is_near());
         worked.and(closed).and(written).map(|written| Ended {
             written,
             records_total: progress.records_total,
@@ -375,27 +441,60 @@ impl Run<'_> {
         Engine::new(Metered::new(runner), decoder, config)
     }
 
+    /// The journal of this leader.
+    fn journal(&self, leader: usize) -> Result<JournalWriter> {
+        let header = JournalHeader {
+            run_key: self.plan.run_key.clone(),
+            launch: self.plan.launch,
+            rank: leader,
+            host: self.topology.world.host().to_owned(),
+            slurm_job_id: self.rank.job.job_id.map(|id| id.to_string()),
+            started_unix_seconds: now_unix_seconds(),
+        };
+        let run = &self.job.run;
+        let policy =
+            SyncPolicy { records: run.sync_records, seconds: run.sync_seconds as f64 };
+        JournalWriter::create(&RunDir::journal_of(&self.plan.run_dir), &header, policy)
+    }
+
     /// Rank 0's hand-out, with what earlier launches have finished.
     fn coordinator(
         &self,
         leaders: Arc<dyn Communicator>,
         owner: &mut RunOwner,
-        stored: Stored,
     ) -> Result<Coordinator> {
-        stored.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
-        let workers = leaders.size();
-        let config = HandoutConfig::for_workers(workers);
-        let handout = Handout::new(config, workers, stored.indices());
-        let output = owner.output.take().ok_or_else(|| Error::fault("the output is not open"))?;
-        let output = output.with_stored(stored);
+        let session = owner.session.take();
+        let Session { membership, claims, journals, output } =
+            session.ok_or_else(|| Error::fault("the run is not open"))?;
+        let config = FeedConfig {
+            claim_records: owner.run.file().claim_records,
+            run_key: self.plan.run_key.clone(),
+            retry: self.job.retry,
+        };
+        let stored = Some(journals.lines()?);
+        let journals = Box::new(journals);
+        let feed = Feed::new(config, owner.prompts.opener(), claims, journals, stored);
         let max_new = match self.job.mode {
             Mode::Generate => self.plan.params.max_new_tokens as u64,
             Mode::Score => 0,
         };
         let max_seq_len = self.plan.max_seq_len as u64;
-        let estimate = Box::new(move |record: &_| estimate_cost(record, max_new, max_seq_len));
-        let prompts = Box::new(owner.prompts.open()?);
-        Ok(Coordinator::new(leaders, handout, prompts, estimate, output))
+        let (journal_dir, run_key) =
+            (RunDir::journal_of(&self.plan.run_dir), self.plan.run_key.clone());
+        let parts = CoordinatorParts {
+            handout: Handout::new(HandoutConfig::for_workers(leaders.size()), leaders.size()),
+            feed,
+            membership,
+            estimate: Box::new(move |record| estimate_cost(record, max_new, max_seq_len)),
+            output,
+            read_stored: Box::new(move || {
+                let mut journals = Journals::new(&journal_dir, &run_key);
+                journals.refresh()?;
+                journals.lines()
+            }),
+            no_wait: self.job.run.no_wait,
+        };
+        Ok(Coordinator::new(leaders, parts))
     }
 
     /// Gathers and writes the statistics. Collective.

@@ -4,6 +4,7 @@
 //! main job (and `farm score`), in the steps [`plan`], [`load`], [`work`] and
 //! [`summary`].
 
+pub mod deadline;
 pub mod generate;
 pub mod launch;
 pub mod load;
@@ -11,16 +12,18 @@ pub mod logging;
 pub mod plan;
 pub mod records;
 pub mod report;
+pub mod retry;
 pub mod signals;
 pub mod stage;
+pub mod status;
 pub mod summary;
 pub mod work;
 
 use std::io::Write;
 
-use crate::cli::{Cli, Command};
+use crate::cli::{Cli, Command, RetryArgs};
 use crate::error::say;
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, slurm};
 use launch::Start;
 
 /// Runs the command and returns the process's exit code. Call first in `main`: it
@@ -33,13 +36,17 @@ pub fn run(cli: &Cli) -> i32 {
     };
     let outcome = match &cli.command {
         Command::Generate(args) => {
-            let job = generate::Job::generate(args);
+            let job = generate::Job::generate(args, &cli.given);
             launch::on_ranks(&Start::of(&args.parallelism, &args.log), |rank| job.run(rank))
         }
         Command::Score(args) => {
-            let job = generate::Job::score(args);
+            let job = generate::Job::score(args, &cli.given);
             launch::on_ranks(&Start::of(&args.parallelism, &args.log), |rank| job.run(rank))
         }
+        Command::Retry(args) => retry_job(args).and_then(|job| {
+            launch::on_ranks(&Start::of(&args.parallelism, &args.log), |rank| job.run(rank))
+        }),
+        Command::Status(args) => without_ranks(status::run(args)),
         Command::Stage(args) => {
             launch::on_ranks(&Start::plain(&args.log), |rank| stage::run(args, rank))
         }
@@ -49,6 +56,16 @@ pub fn run(cli: &Cli) -> i32 {
         }
     };
     outcome.unwrap_or_else(exit_code)
+}
+
+/// The job of `farm retry`; of the ranks that a launcher started only the first one says
+/// what is wrong.
+fn retry_job(args: &RetryArgs) -> Result<generate::Job> {
+    retry::job(args).inspect_err(|error| {
+        if slurm::launcher_rank(|name| std::env::var(name).ok()).unwrap_or(0) == 0 {
+            say(format_args!("farm: error: {error}"));
+        }
+    })
 }
 
 /// Writes `text` to standard output.

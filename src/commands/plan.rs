@@ -12,7 +12,11 @@ use crate::cli::{self, GenerationConfigSource};
 use crate::commands::generate::Job;
 use crate::commands::launch::Rank;
 use crate::engine::{Mode, SamplingParams};
-use crate::ledger::{self, ExistingRun, OrderedOutput, OutputTarget, RunDir, RunIdentity};
+use crate::ledger::claims::{Claims, Evidence, HostEvidence, JobRef, LaunchId, Standing};
+use crate::ledger::{
+    self, ExistingRun, Journals, Membership, OrderedOutput, OutputTarget, RunDir, RunFile,
+    RunIdentity, membership,
+};
 use crate::model::source::Safetensors;
 use crate::model::tokenizer::Tokenizer;
 use crate::model::{ModelConfig, WeightDtype};
@@ -21,7 +25,7 @@ use crate::prompts::{
     generation_config, spool_stdin,
 };
 use crate::stage::manifest::Manifest;
-use crate::{Error, Result, kernels};
+use crate::{Error, Result, kernels, slurm};
 
 /// What every rank needs to know of the run.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -40,6 +44,10 @@ pub struct RunPlan {
     pub prompts_name: String,
     /// The model's name as answers show it: its directory's.
     pub model_name: String,
+    /// This launch's number on the run.
+    pub launch: LaunchId,
+    /// Whether every record is done already.
+    pub finished: bool,
 }
 
 /// What rank 0 alone holds of the run.
@@ -48,8 +56,34 @@ pub struct RunOwner {
     pub run: RunDir,
     /// Opens the input once more, from its start.
     pub prompts: PromptsSource,
-    /// The output, until the work begins.
-    pub output: Option<OrderedOutput>,
+    /// This launch on the run, until the work begins.
+    pub session: Option<Session>,
+    /// Records that earlier launches had begun, and lost with their process.
+    pub records_lost: u64,
+}
+
+/// A launch's hold on the run.
+pub struct Session {
+    /// Its place among the launches.
+    pub membership: Membership,
+    /// Its claims.
+    pub claims: Claims,
+    /// What all launches have done.
+    pub journals: Journals,
+    /// The output.
+    pub output: OrderedOutput,
+}
+
+/// What can be known of a run without a place in it: on a login node, say.
+pub struct Checked {
+    /// What decides the records.
+    pub identity: RunIdentity,
+    /// The run directory, as the flag says or by default.
+    pub run_dir: PathBuf,
+    prompts: PromptsSource,
+    params: SamplingParams,
+    max_seq_len: usize,
+    model_name: String,
 }
 
 /// Where the prompts are read from (standard input: its copy in the run directory).
@@ -78,25 +112,41 @@ impl PromptsSource {
         PromptReader::open(&self.path, &self.options)
     }
 
+    /// The same as a function, for as long as the input is needed.
+    pub fn opener(&self) -> Box<dyn FnMut() -> Result<ledger::Source>> {
+        let (path, options) = (self.path.clone(), self.options.clone());
+        Box::new(move || Ok(Box::new(PromptReader::open(&path, &options)?)))
+    }
+
+    /// Records in a claim block: so many blocks that jobs can share them evenly, so few that
+    /// claiming them costs nothing.
+    fn claim_records(&self) -> Result<u64> {
+        const BLOCKS: u64 = 512;
+        const SAMPLE_RECORDS: usize = 1000;
+        let mut reader = self.open()?;
+        let sampled = reader.by_ref().take(SAMPLE_RECORDS).count() as u64;
+        let bytes_a_record = reader.bytes_read().max(1) / sampled.max(1);
+        let records = reader.size_bytes() / bytes_a_record.max(1);
+        Ok((records / BLOCKS).next_power_of_two().clamp(4, 4096))
+    }
+
     /// The format, by the flag or found out: both ways it is the same run.
     fn format(&self) -> Result<PromptFormat> {
         Ok(self.open()?.format())
     }
 }
 
-/// Checks everything on rank 0 and opens the run directory.
+/// Checks what the flags name: model, prompts, sampling, output.
 ///
 /// # Errors
-/// Input and usage errors that name the file, the flag or the difference to the run
-/// that the directory holds.
-pub fn plan(job: &Job, rank: &Rank) -> Result<(RunPlan, RunOwner)> {
+/// Input and usage errors that name the file or the flag.
+pub fn check(job: &Job) -> Result<Checked> {
     check_output(job)?;
-    let dir = &job.model.model;
-    let manifest = Manifest::read(dir)?;
+    let manifest = Manifest::read(&job.model.model)?;
     let config = check_model(job)?;
     let max_seq_len = max_seq_len(job, &config)?;
     let params = resolve_sampling(job)?;
-    let (mut prompts, input) = open_prompts(job)?;
+    let (prompts, input) = open_prompts(job)?;
     let identity = RunIdentity {
         command: job.command.to_owned(),
         prompts: json!({
@@ -104,38 +154,147 @@ pub fn plan(job: &Job, rank: &Rank) -> Result<(RunPlan, RunOwner)> {
             "digest": input.digest, "format": format!("{:?}", prompts.format()?),
             "column": prompts.options.prompt_column, "chat": job.input.chat,
         }),
-        model: manifest.key.clone(),
+        model: manifest.key,
         adapter: None,
         sampling: json!({
             "params": params, "max_seq_len": max_seq_len,
             "dtype": job.dtype().map_or("auto", WeightDtype::name),
         }),
     };
-    let started = now_unix_seconds();
+    let run_dir = run_dir_path(job, &identity);
+    Ok(Checked { identity, run_dir, prompts, params, max_seq_len, model_name: manifest.name })
+}
+
+/// Checks everything on rank 0, opens the run directory and takes a place in it.
+///
+/// # Errors
+/// Input and usage errors that name the file, the flag or the difference to the run
+/// that the directory holds.
+pub fn plan(job: &Job, rank: &Rank) -> Result<(RunPlan, RunOwner)> {
+    let mut checked = check(job)?;
     let launch = ledger::Launch {
         farm_version: env!("CARGO_PKG_VERSION").to_owned(),
         kernel_tier: kernels::tier().name().to_owned(),
         slurm_job_id: rank.job.job_id.map(|id| id.to_string()),
         ranks: rank.world.size(),
         host: rank.world.host().to_owned(),
-        started_unix_seconds: started,
+        started_unix_seconds: now_unix_seconds(),
     };
-    let path = run_dir_path(job, &identity);
-    let existing = if job.output.force_new { ExistingRun::SetAside } else { ExistingRun::Resume };
-    let run = RunDir::open(&path, &identity, launch, existing)?;
-    run.warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
-    prompts.keep_in(run.path())?;
+    let run = open_run(job, &checked, launch.clone())?;
+    checked.prompts.keep_in(run.path())?;
+    let (session, records_lost) = join(job, rank, &run, &launch)?;
     let plan = RunPlan {
         run_dir: std::path::absolute(run.path()).map_err(|e| Error::io(run.path(), e))?,
-        run_key: identity.short_key(),
+        run_key: checked.identity.short_key(),
         started_unix_seconds: run.started_unix_seconds(),
-        params,
-        max_seq_len,
+        params: checked.params,
+        max_seq_len: checked.max_seq_len,
         prompts_name: job.input.prompts_file.display().to_string(),
-        model_name: manifest.name,
+        model_name: checked.model_name,
+        launch: session.membership.launch(),
+        finished: is_finished(job, &session),
     };
-    let output = Some(open_output(job, &run)?);
-    Ok((plan, RunOwner { run, prompts, output }))
+    let session = Some(session);
+    Ok((plan, RunOwner { run, prompts: checked.prompts, session, records_lost }))
+}
+
+fn open_run(job: &Job, checked: &Checked, launch: ledger::Launch) -> Result<RunDir> {
+    let existing = if job.output.force_new { ExistingRun::SetAside } else { ExistingRun::Resume };
+    let path = &checked.run_dir;
+    if existing == ExistingRun::SetAside
+        && let Some(file) = membership::look(path, evidence())?.live.first()
+    {
+        let owner = membership::who(&file.owner);
+        return Err(Error::input(format!(
+            "--force-new: {owner} is working on the run in {}: wait for it, cancel it, or give \
+             another --run-dir",
+            path.display()
+        )));
+    }
+    let claim_records = checked.prompts.claim_records()?;
+    let new = RunFile::new(checked.identity.clone(), claim_records, launch, job.recorded_arguments()?);
+    RunDir::open(path, new, existing)
+}
+
+/// Takes a place on the run and reads what is done; how many records were lost in work.
+fn join(job: &Job, rank: &Rank, run: &RunDir, launch: &ledger::Launch) -> Result<(Session, u64)> {
+    let (membership, mut claims) =
+        Membership::join(run.path(), job_ref(rank), launch, evidence(), job.claims_config())?;
+    warn_of_other_versions(&mut claims, launch)?;
+    let run_key = run.file().identity.short_key();
+    let mut journals = Journals::new(&RunDir::journal_of(run.path()), &run_key);
+    journals.refresh()?;
+    journals.take_warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
+    let records_lost = report_resume(&mut claims, &journals)?;
+    let output = open_output(job, run, &mut claims, &journals)?;
+    Ok((Session { membership, claims, journals, output }, records_lost))
+}
+
+/// The job as other launches know it.
+fn job_ref(rank: &Rank) -> Option<JobRef> {
+    let job = &rank.job;
+    Some(JobRef {
+        cluster: job.cluster.clone(),
+        job_id: job.job_id?,
+        restart_count: job.restart_count.unwrap_or_default(),
+        step_id: job.step_id,
+    })
+}
+
+/// What this host and Slurm know about other launches.
+pub fn evidence() -> Box<dyn Evidence> {
+    Box::new(HostEvidence::new(Box::new(|job: &JobRef| {
+        slurm::query::step_has_ended(
+            job.cluster.as_deref(),
+            job.job_id,
+            job.step_id,
+            job.restart_count,
+        )
+    })))
+}
+
+fn warn_of_other_versions(claims: &mut Claims, launch: &ledger::Launch) -> Result<()> {
+    let mut versions: Vec<String> = claims
+        .owners()?
+        .into_iter()
+        .filter_map(|file| serde_json::from_value::<ledger::Launch>(file.owner.facts).ok())
+        .map(|launch| launch.farm_version)
+        .filter(|version| *version != launch.farm_version)
+        .collect();
+    versions.sort();
+    versions.dedup();
+    for version in versions {
+        tracing::warn!(
+            "farm's version: {version} earlier in the run, {} now; floating point may differ",
+            launch.farm_version
+        );
+    }
+    Ok(())
+}
+
+/// Says what there is to go on from; the records that launches now gone had begun and
+/// neither finished nor saved: they are generated again.
+fn report_resume(claims: &mut Claims, journals: &Journals) -> Result<u64> {
+    let mut lost = 0;
+    for (launch, records) in journals.in_work() {
+        if launch != claims.launch() && claims.is_gone(launch, 0.0)? {
+            lost += records;
+        }
+    }
+    let (done, saved) = (journals.done().len(), journals.saved_count());
+    if done + saved + lost > 0 {
+        tracing::info!(
+            "going on with the run: {done} records are done, {saved} unfinished texts go on, \
+             {lost} records that were in work when their job ended are generated again"
+        );
+    }
+    Ok(lost)
+}
+
+fn is_finished(job: &Job, session: &Session) -> bool {
+    let done = session.journals.done().len();
+    let left = if job.retry { session.journals.failed().len() } else { 0 };
+    session.membership.merged_records() == Some(done) && left == 0
 }
 
 /// Reads what a load would stumble over: configuration, headers, tokenizer.
@@ -242,13 +401,26 @@ fn open_prompts(job: &Job) -> Result<(PromptsSource, InputIdentity)> {
     Ok((PromptsSource { path, options, spool }, identity))
 }
 
-/// Opened before any work, so that an output that cannot be written costs no staging.
-fn open_output(job: &Job, run: &RunDir) -> Result<OrderedOutput> {
+/// Opened before any work, so that an output that cannot be written costs no staging. One
+/// launch at a time writes lines as they come, and only while it has the run to itself.
+fn open_output(
+    job: &Job,
+    run: &RunDir,
+    claims: &mut Claims,
+    journals: &Journals,
+) -> Result<OrderedOutput> {
     let target = match &job.output.output {
         Some(file) => OutputTarget::File(file.clone()),
         None => OutputTarget::Stream(Box::new(std::io::stdout())),
     };
-    OrderedOutput::create(target, &run.spill(), OrderedOutput::EARLY_BYTES_MAX)
+    let alone = !job.retry
+        && claims.live_others(0.0)?.is_empty()
+        && claims.claim("partial", 0.0)? == Standing::Mine;
+    if !alone {
+        return OrderedOutput::create_for_merge(target, run.path());
+    }
+    let output = OrderedOutput::create(target, run.path(), OrderedOutput::EARLY_BYTES_MAX)?;
+    Ok(output.with_stored(journals.lines()?))
 }
 
 /// Standard input waits here until the run directory is known. The folder is created.

@@ -1,18 +1,22 @@
 //! A rank's share of the run: records in, steps of the engine, finished records out.
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::Result;
+use crate::commands::deadline::{Deadline, Measured};
 use crate::commands::records::{Done, Records};
 use crate::commands::signals::StopSignal;
 use crate::engine::{Engine, StepOutcome};
-use crate::ledger::{LinkState, Load, RecordSink, RunProgress, WorkerLink, token_cost};
+use crate::ledger::{
+    Finished, LinkState, Load, RecordId, RecordSink, RunProgress, Task, WorkerLink, token_cost,
+};
 use crate::model::{Logits, ModelRunner, Runner, StepBatch};
 use crate::stats::events::EventLog;
 use crate::stats::meter::{Meter, StepWork};
 use crate::stats::progress::{Progress, ProgressState};
+use crate::{Error, Result};
 
 /// How long a worker without records sleeps before it looks again.
 const IDLE_WAIT: Duration = Duration::from_millis(20);
@@ -60,8 +64,12 @@ pub struct Worker<'a> {
     pub engine: Engine<Metered>,
     /// Records to sequences and back.
     pub records: Records,
-    /// This rank's part file.
-    pub part: &'a mut dyn RecordSink,
+    /// This rank's journal.
+    pub journal: &'a mut dyn RecordSink,
+    /// The run's key, part of every record's.
+    pub run_key: &'a str,
+    /// The records in work, as the journal names them.
+    pub in_work: HashMap<u64, RecordId>,
     /// Sequences that run at once.
     pub slots: usize,
     /// Counts the work.
@@ -72,16 +80,20 @@ pub struct Worker<'a> {
     pub progress: Option<Progress>,
     /// A signal that asks to stop.
     pub stop: &'a StopSignal,
+    /// When the job ends.
+    pub deadline: &'a Deadline,
+    /// Seconds of the longest step so far.
+    pub longest_step_seconds: f64,
     /// The job's start.
     pub start: Instant,
 }
 
 impl Worker<'_> {
-    /// Works until no record is left or the run is stopped; the followers of this
-    /// group return then, too.
+    /// Works until no record is left or the run is stopped; what is unfinished then is
+    /// saved for the next launch. The followers of this group return then, too.
     ///
     /// # Errors
-    /// The model or the part file failed; the other ranks are asked to stop.
+    /// The model or the journal failed; the other ranks are asked to stop.
     pub fn run(&mut self, link: &mut dyn WorkerLink) -> Result<()> {
         let mut outcome = Ok(());
         while outcome.is_ok() && self.goes_on(link) {
@@ -90,21 +102,39 @@ impl Worker<'_> {
         if outcome.is_err() {
             link.request_stop();
         }
+        let saved = self.save_unfinished();
         self.engine.runner_mut().inner_mut().finish();
         if let (Some(progress), Some(state)) = (self.progress.take(), link.progress()) {
             progress.finish(self.start.elapsed(), progress_state(state));
         }
-        outcome.and(self.part.sync())
+        outcome.and(saved)
     }
 
-    /// Takes signals and new records; whether there is anything left to do.
+    /// Takes signals, the job's end and new records; whether there is anything left to do.
     fn goes_on(&mut self, link: &mut dyn WorkerLink) -> bool {
-        if self.stop.is_set() && link.state() != LinkState::Stopped {
-            self.events.emit(self.start.elapsed(), "drain", json!({}));
+        if link.state() != LinkState::Stopped
+            && let Some(why) = self.asked_to_stop()
+        {
+            self.events.emit(self.start.elapsed(), "drain", json!({ "why": why }));
+            tracing::info!("{why}: unfinished texts are saved, the same command goes on with them");
             link.request_stop();
         }
         link.state() != LinkState::Stopped
             && (self.engine.has_work() || link.state() == LinkState::Open || link.others_working())
+    }
+
+    fn asked_to_stop(&self) -> Option<&'static str> {
+        let measured = Measured {
+            longest_step_seconds: self.longest_step_seconds,
+            longest_sync_seconds: self.journal.longest_sync_seconds(),
+        };
+        if self.stop.is_set() {
+            Some("a signal asks to stop")
+        } else if self.deadline.should_drain(&measured) {
+            Some("the job's time is nearly up")
+        } else {
+            None
+        }
     }
 
     /// One turn: new records, one step (or a pause), finished records.
@@ -117,11 +147,8 @@ impl Worker<'_> {
             processed_cost: token_cost(counters.prefill_tokens, counters.decode_tokens),
         };
         let mut done = Vec::new();
-        for raw in link.poll(&load, self.start.elapsed().as_secs_f64()) {
-            match self.records.start(raw) {
-                Ok(requests) => requests.into_iter().for_each(|r| self.engine.add(r)),
-                Err(failed) => done.push(*failed),
-            }
+        for task in link.poll(&load, self.start.elapsed().as_secs_f64()) {
+            self.begin(task, &mut done)?;
         }
         if self.engine.has_work() {
             let outcome = self.step()?;
@@ -138,10 +165,23 @@ impl Worker<'_> {
         Ok(())
     }
 
+    /// Gives a record to the engine, or what became of it at once to `done`.
+    fn begin(&mut self, task: Task, done: &mut Vec<Done>) -> Result<()> {
+        let id = task.id(self.run_key);
+        self.journal.start(id)?;
+        self.in_work.insert(id.index, id);
+        match self.records.start(task.record, task.saved.as_deref()) {
+            Ok(requests) => requests.into_iter().for_each(|r| self.engine.add(r)),
+            Err(failed) => done.push(*failed),
+        }
+        Ok(())
+    }
+
     fn step(&mut self) -> Result<StepOutcome> {
         let preemptions = self.engine.counters().preemptions;
         let began = Instant::now();
         let outcome = self.engine.step()?;
+        self.longest_step_seconds = self.longest_step_seconds.max(began.elapsed().as_secs_f64());
         if let Some(work) = self.engine.runner_mut().last.take() {
             self.meter.step(&work, began.elapsed(), self.start.elapsed());
         }
@@ -154,19 +194,29 @@ impl Worker<'_> {
         Ok(outcome)
     }
 
-    /// Part file first, then rank 0: a record that rank 0 has seen is in a file.
+    /// Journal first, then rank 0: a record that rank 0 has seen is in a file.
     fn hand_in(&mut self, done: Vec<Done>, link: &mut dyn WorkerLink) -> Result<()> {
-        if done.is_empty() {
-            return Ok(());
-        }
         for record in &done {
-            let finished = &record.finished;
-            self.part.append(finished.index, &finished.line, finished.is_error)?;
-            self.meter.record(finished.is_error, record.prompt_tokens, record.new_tokens);
+            let Finished { index, line, is_error, .. } = &record.finished;
+            let id = self.in_work.remove(index);
+            let id = id.ok_or_else(|| Error::fault(format!("record {index} was not begun")))?;
+            self.journal.append(id, line, *is_error)?;
+            self.meter.record(*is_error, record.prompt_tokens, record.new_tokens);
         }
-        self.part.flush()?;
+        self.journal.flush(self.start.elapsed().as_secs_f64())?;
         done.into_iter().for_each(|record| link.submit(record.finished));
         Ok(())
+    }
+
+    /// Keeps what is generated of unfinished records, and brings the journal to the disk.
+    fn save_unfinished(&mut self) -> Result<()> {
+        let unfinished = self.engine.take_unfinished();
+        for saved in self.records.unfinished(unfinished) {
+            if let Some(id) = self.in_work.get(&saved.index) {
+                self.journal.save(*id, &saved.bytes)?;
+            }
+        }
+        self.journal.sync()
     }
 }
 

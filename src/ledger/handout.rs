@@ -14,8 +14,8 @@
 //! estimated cost seen so far. No IO and no clock: `now_seconds` is passed in.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
-use crate::ledger::IndexSet;
 use crate::ledger::outlook::{Outlook, Speed, WorkerOutlook};
 use crate::prompts::{RawBody, RawRecord};
 
@@ -94,10 +94,8 @@ pub enum Reply {
 /// Where the run stands, in records.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct HandoutCounts {
-    /// Read from the input, with the skipped ones.
+    /// Fed, less those withdrawn.
     pub read: u64,
-    /// Already done before this launch.
-    pub skipped: u64,
     /// In the window, not handed out.
     pub in_window: u64,
     /// Handed out, not completed.
@@ -110,7 +108,6 @@ pub struct HandoutCounts {
 #[derive(Debug)]
 pub struct Handout {
     config: HandoutConfig,
-    done: IndexSet,
     /// By (cost, age): the last is the longest, and the oldest among equals.
     window: BTreeMap<Key, RawRecord>,
     /// The window's keys by record index.
@@ -153,11 +150,10 @@ struct Worker {
 }
 
 impl Handout {
-    /// A hand-out to `workers` workers that skips the records in `done`.
-    pub fn new(config: HandoutConfig, workers: usize, done: IndexSet) -> Self {
+    /// A hand-out to `workers` workers.
+    pub fn new(config: HandoutConfig, workers: usize) -> Self {
         Self {
             config,
-            done,
             window: BTreeMap::new(),
             window_by_index: BTreeMap::new(),
             window_bytes: 0,
@@ -183,23 +179,8 @@ impl Handout {
             && self.next_index.saturating_sub(oldest) <= self.config.horizon
     }
 
-    /// Whether this record was done in an earlier launch (then [`Handout::skip`] it).
-    pub fn is_done(&self, index: u64) -> bool {
-        self.done.contains(index)
-    }
-
-    /// Counts a record of the input that needs no work.
-    pub fn skip(&mut self, index: u64) {
-        self.counts.read += 1;
-        self.counts.skipped += 1;
-        self.next_index = self.next_index.max(index.saturating_add(1));
-    }
-
-    /// Takes the next record of the input (indices ascend), unless it is done already.
+    /// Takes a record of the input; each one once.
     pub fn feed(&mut self, record: RawRecord, cost: f64) {
-        if self.is_done(record.index) {
-            return self.skip(record.index);
-        }
         let cost = if cost.is_finite() && cost > 0.0 { cost } else { 1.0 };
         let key = key(cost, record.index);
         self.counts.read += 1;
@@ -210,9 +191,43 @@ impl Handout {
         self.window.insert(key, record);
     }
 
+    /// Lets records be read however far they are from the oldest unfinished one: where the
+    /// output is not written in order while the run goes on.
+    pub fn without_horizon(&mut self) {
+        self.config.horizon = u64::MAX;
+    }
+
+    /// How many of these records were fed and not handed out.
+    pub fn in_window(&self, records: Range<u64>) -> u64 {
+        self.window_by_index.range(records).count() as u64
+    }
+
+    /// Takes back those of these records that were not handed out, as if never fed.
+    pub fn withdraw(&mut self, records: Range<u64>) {
+        let keys: Vec<Key> = self.window_by_index.range(records).map(|(_, &key)| key).collect();
+        for key in keys {
+            self.take(key);
+            self.counts.read -= 1;
+        }
+    }
+
+    /// Takes a record out of the window.
+    fn take(&mut self, key: Key) -> Option<RawRecord> {
+        let record = self.window.remove(&key)?;
+        self.window_by_index.remove(&record.index);
+        self.window_cost = (self.window_cost - key_cost(key)).max(0.0);
+        self.window_bytes -= body_bytes(&record);
+        Some(record)
+    }
+
     /// The input has no more records.
     pub fn end_of_input(&mut self) {
         self.input_ended = true;
+    }
+
+    /// More records may come after all: withdrawn ones that nobody else did, say.
+    pub fn reopen_input(&mut self) {
+        self.input_ended = false;
     }
 
     /// Whether [`Handout::end_of_input`] was called.
@@ -281,11 +296,8 @@ impl Handout {
         let (mut taken_cost, mut taken_bytes) = (0.0, 0);
         while block.len() < wanted && taken_bytes < self.config.max_block_bytes {
             let Some(key) = self.pick(worker, &outlook, taken_cost) else { break };
-            let Some(record) = self.window.remove(&key) else { break };
+            let Some(record) = self.take(key) else { break };
             let cost = key_cost(key);
-            self.window_by_index.remove(&record.index);
-            self.window_cost = (self.window_cost - cost).max(0.0);
-            self.window_bytes -= body_bytes(&record);
             self.outstanding.insert(record.index, (worker, cost));
             self.workers[worker].unfinished_estimate += cost;
             self.workers[worker].assigned_records += 1;
@@ -394,6 +406,8 @@ fn body_bytes(record: &RawRecord) -> usize {
 mod tests {
     use proptest::prelude::*;
 
+    use crate::ledger::IndexSet;
+
     use super::*;
 
     fn record(index: u64) -> RawRecord {
@@ -413,7 +427,7 @@ mod tests {
 
     #[test]
     fn longest_first_and_oldest_among_equals() {
-        let mut handout = Handout::new(HandoutConfig::default(), 1, IndexSet::new());
+        let mut handout = Handout::new(HandoutConfig::default(), 1);
         for (index, cost) in [1.0, 9.0, 5.0, 9.0].into_iter().enumerate() {
             handout.feed(record(index as u64), cost);
         }
@@ -428,7 +442,7 @@ mod tests {
 
     #[test]
     fn the_first_to_ask_leaves_the_others_their_share() {
-        let mut handout = Handout::new(HandoutConfig::default(), 4, IndexSet::new());
+        let mut handout = Handout::new(HandoutConfig::default(), 4);
         (0..40).for_each(|index| handout.feed(record(index), 3.0));
         handout.end_of_input();
         let mut total = 0;
@@ -441,19 +455,25 @@ mod tests {
     }
 
     #[test]
-    fn done_records_are_skipped() {
-        let done = [0, 2].into_iter().collect();
-        let mut handout = Handout::new(HandoutConfig::default(), 1, done);
-        (0..4).for_each(|index| handout.feed(record(index), 1.0));
+    fn withdrawn_records_are_not_handed_out() {
+        let mut handout = Handout::new(HandoutConfig::default(), 1);
+        (0..8).for_each(|index| handout.feed(record(index), 1.0));
+        assert_eq!(indices(handout.ask(0, idle(1), 0, 0.0)), [0, 1, 2]);
+        assert_eq!((handout.in_window(0..4), handout.in_window(4..8)), (1, 4));
+        handout.withdraw(2..6);
         handout.end_of_input();
-        assert_eq!(indices(handout.ask(0, idle(8), 0, 0.0)), [1, 3]);
-        assert_eq!(handout.counts().skipped, 2);
+        assert_eq!(indices(handout.ask(0, idle(8), 3, 0.0)), [6, 7]);
+        assert_eq!(handout.counts().read, 5);
+        for index in [0, 1, 2, 6, 7] {
+            handout.completed(index, 1.0);
+        }
+        assert!(handout.complete());
     }
 
     #[test]
     fn the_horizon_holds_back_the_reader_until_the_oldest_is_finished() {
         let config = HandoutConfig { horizon: 3, ..HandoutConfig::default() };
-        let mut handout = Handout::new(config, 1, IndexSet::new());
+        let mut handout = Handout::new(config, 1);
         let mut next = 0;
         while handout.wants_more() {
             handout.feed(record(next), 1.0);
@@ -470,7 +490,7 @@ mod tests {
     #[test]
     fn short_records_are_not_passed_over_for_ever() {
         let config = HandoutConfig { patience: 10, ..HandoutConfig::default() };
-        let mut handout = Handout::new(config, 1, IndexSet::new());
+        let mut handout = Handout::new(config, 1);
         handout.feed(record(0), 1.0);
         (1..20).for_each(|index| handout.feed(record(index), 9.0));
         assert_eq!(indices(handout.ask(0, idle(2), 0, 0.0))[0], 0);
@@ -478,7 +498,7 @@ mod tests {
 
     #[test]
     fn a_block_under_way_is_not_asked_for_again() {
-        let mut handout = Handout::new(HandoutConfig::default(), 1, IndexSet::new());
+        let mut handout = Handout::new(HandoutConfig::default(), 1);
         (0..100).for_each(|index| handout.feed(record(index), 1.0));
         let first = indices(handout.ask(0, idle(4), 0, 0.0));
         assert_eq!(first.len(), 8);
@@ -489,7 +509,7 @@ mod tests {
 
     #[test]
     fn a_drain_ends_the_handout_at_once() {
-        let mut handout = Handout::new(HandoutConfig::default(), 1, IndexSet::new());
+        let mut handout = Handout::new(HandoutConfig::default(), 1);
         handout.feed(record(0), 1.0);
         handout.stop();
         assert_eq!(handout.ask(0, idle(1), 0, 0.0), Reply::Done);
@@ -510,10 +530,10 @@ mod tests {
             let config = HandoutConfig {
                 window_records, horizon, patience: horizon / 2, ..HandoutConfig::default()
             };
-            let mut handout = Handout::new(config, 5, IndexSet::new());
+            let mut handout = Handout::new(config, 5);
             let mut held: Vec<Vec<u64>> = vec![Vec::new(); 5];
             let (mut received, mut processed) = ([0u64; 5], [0.0f64; 5]);
-            let (mut fed, mut seen) = (0u64, IndexSet::new());
+            let (mut fed, mut seen) = (0u64);
             let mut now = 0.0;
             for (worker, finish, slots) in choices.iter().cycle().take(40_000).copied() {
                 while handout.wants_more() && (fed as usize) < costs.len() {

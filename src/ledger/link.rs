@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::comm::{Communicator, Tag};
 use crate::ledger::protocol::{Order, TAG_TO_COORDINATOR, TAG_TO_WORKER, Update};
-use crate::ledger::{Finished, Load};
-use crate::prompts::RawRecord;
+use crate::ledger::{Finished, Load, Task};
 use crate::{Error, Result};
 
 /// What a worker may still expect.
@@ -38,9 +37,9 @@ pub struct RunProgress {
 /// others' a [`RemoteLink`]. Call [`WorkerLink::poll`] between engine steps.
 pub trait WorkerLink {
     /// Reports the load and returns new records, without waiting.
-    fn poll(&mut self, load: &Load, now_seconds: f64) -> Vec<RawRecord>;
+    fn poll(&mut self, load: &Load, now_seconds: f64) -> Vec<Task>;
 
-    /// Hands in a finished record, after it went into the rank's part file.
+    /// Hands in a finished record, after it went into the rank's journal.
     fn submit(&mut self, finished: Finished);
 
     /// What may still come, as of the last poll.
@@ -166,7 +165,7 @@ impl RemoteLink {
         self.comm.send(0, TAG_TO_COORDINATOR, update.encode());
     }
 
-    fn receive(&mut self) -> Result<Vec<RawRecord>> {
+    fn receive(&mut self) -> Result<Vec<Task>> {
         let mut records = Vec::new();
         while let Some((_, message)) = self.inbox.next(&*self.comm, TAG_TO_WORKER) {
             match Order::decode(&message)? {
@@ -186,7 +185,7 @@ impl RemoteLink {
 }
 
 impl WorkerLink for RemoteLink {
-    fn poll(&mut self, load: &Load, now_seconds: f64) -> Vec<RawRecord> {
+    fn poll(&mut self, load: &Load, now_seconds: f64) -> Vec<Task> {
         let records = match self.receive() {
             Ok(records) => records,
             Err(error) => {

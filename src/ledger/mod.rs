@@ -1,45 +1,50 @@
 //! Who generates which record, and how finished records become the output.
 //!
-//! Rank 0 reads the input and owns the [`Handout`], a pure state machine that
-//! gives blocks of records to workers on demand. Messages carry them
-//! ([`protocol`]): rank 0 is the [`Coordinator`], every other worker has a
-//! [`RemoteLink`]; both are a [`WorkerLink`], so a rank's generate loop has one
-//! shape. A finished record goes into its rank's part file first
-//! ([`parts`], behind [`RecordSink`]) and then to rank 0, where [`OrderedOutput`]
-//! puts the lines in input order. The [`RunDir`] ties all this to one prompts
-//! file, model and sampling, so that the same command goes on where a killed
-//! one stopped.
+//! Any number of launches of farm work on one run directory ([`RunDir`]), one after the
+//! other or at the same time. A launch registers ([`Membership`]) and claims blocks of
+//! records ([`claims`]); its rank 0 reads the input and passes over what is done or
+//! another's ([`Feed`]). The [`Handout`], a pure state machine, gives its records to
+//! workers on demand. Messages carry them ([`protocol`]): rank 0 is the [`Coordinator`],
+//! every other worker has a [`RemoteLink`]; both are a [`WorkerLink`], so a rank's
+//! generate loop has one shape. A finished record goes into its rank's [`journal`] first
+//! and then to rank 0, where [`OrderedOutput`] puts the lines in input order; where
+//! several launches had a part, the one that finds nothing left to do writes the output
+//! from the journals.
 //!
 //! A worker is the leader of a tensor-parallel group; the communicator given here
-//! holds the leaders only. Left out: a journal with group fsync, claims of several
-//! jobs on one run, saved partial generations.
+//! holds the leaders only.
 
+pub mod claims;
 mod coordinator;
 mod cost;
-mod crc32;
+mod feed;
 mod handout;
 mod index_set;
+pub mod journal;
 mod link;
+pub mod membership;
 mod outlook;
 mod output;
-pub mod parts;
 pub mod protocol;
 pub mod record;
 mod run_dir;
-mod run_lock;
+pub mod saved;
 #[cfg(test)]
 mod simulation;
 #[cfg(test)]
 mod tests;
 
-pub use coordinator::{Coordinator, CostEstimate, Source};
+pub use coordinator::{Coordinator, CoordinatorParts, CostEstimate, ReadStored, Source};
 pub use cost::{PREFILL_TOKEN_COST, estimate_cost, token_cost};
+pub use feed::{Feed, FeedConfig, JournalIndex, Next, Task};
 pub use handout::{Handout, HandoutConfig, HandoutCounts, Load, Reply};
 pub use index_set::IndexSet;
+pub use journal::{JournalHeader, JournalWriter, Journals, RecordId, RecordSink, SyncPolicy};
 pub use link::{LinkState, RemoteLink, RunProgress, WorkerLink};
+pub use membership::Membership;
 pub use output::{OrderedOutput, OutputCounts, OutputTarget};
-pub use parts::{PartWriter, RecordSink};
-pub use run_dir::{ExistingRun, Launch, RunDir, RunIdentity, default_path};
+pub use protocol::record_key;
+pub use run_dir::{ExistingRun, Launch, RunDir, RunFile, RunIdentity, default_path};
 
 /// A record that needs no more work: its output line, and what it cost.
 #[derive(Debug, Clone, PartialEq)]

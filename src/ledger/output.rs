@@ -1,9 +1,13 @@
 //! Puts finished records, which arrive in any order, into the output in input order.
 //!
-//! Lines that come too early wait in memory up to a budget, then in a spill file; how
-//! many there can be is bounded by the hand-out's horizon. Lines of earlier launches
-//! are read from their part files when their turn comes. `FILE.partial` grows while the
-//! run goes on and becomes FILE at its end.
+//! While one launch has the run to itself its lines go out as they become ready:
+//! `FILE.partial` grows in order and becomes FILE at the end. Lines that come too early
+//! wait in memory up to a budget, then in a spill file; how many there can be is bounded
+//! by the hand-out's horizon. Lines of earlier launches are read from the journals when
+//! their turn comes. Where several launches share the run this order is given up
+//! ([`OrderedOutput::abandon`]), and the one that finds nothing left to do writes it all
+//! from the journals ([`OrderedOutput::merge`]). Error records go into a file of their own,
+//! too.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions, TryLockError};
@@ -11,7 +15,8 @@ use std::io::{BufWriter, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use crate::ledger::parts::Stored;
+use crate::files::{sync_folder, with_suffix};
+use crate::ledger::journal::StoredLines;
 use crate::{Error, Result};
 
 /// Where the output goes.
@@ -40,25 +45,20 @@ enum Early {
 
 /// The ordered output; see the module.
 pub struct OrderedOutput {
-    /// For messages.
-    name: PathBuf,
-    writer: BufWriter<Box<dyn Write + Send>>,
-    rename: Option<Rename>,
+    /// The file to write; `None`: what `lines` has is written directly.
+    file: Option<PathBuf>,
+    /// Where error records go, too.
+    errors_file: PathBuf,
+    lines: Option<Lines>,
+    /// Whether lines go out as they become ready.
+    ordered: bool,
     next: u64,
     early: BTreeMap<u64, (Early, bool)>,
     early_bytes: usize,
     early_bytes_max: usize,
     spill: Spill,
-    stored: Stored,
-    stored_place: usize,
+    stored: StoredLines,
     buffer: Vec<u8>,
-    counts: OutputCounts,
-}
-
-struct Rename {
-    partial: PathBuf,
-    file: File,
-    to: PathBuf,
 }
 
 impl OrderedOutput {
@@ -66,41 +66,111 @@ impl OrderedOutput {
     pub const EARLY_BYTES_MAX: usize = 8 << 20;
 
     /// Opens the target (its folder is created). Lines beyond `early_bytes_max` that wait
-    /// for their turn go to `spill_path`.
-    pub fn create(
-        target: OutputTarget,
-        spill_path: &Path,
-        early_bytes_max: usize,
-    ) -> Result<OrderedOutput> {
-        let (name, stream, rename) = match target {
-            OutputTarget::Stream(stream) => (PathBuf::from("standard output"), stream, None),
-            OutputTarget::File(path) => open(path)?,
+    /// for their turn go into a file in `run_dir`, error records into its `errors.jsonl`.
+    ///
+    /// # Errors
+    /// The target cannot be written, or another run is writing it.
+    pub fn create(target: OutputTarget, run_dir: &Path, early_bytes_max: usize) -> Result<Self> {
+        let errors_file = run_dir.join("errors.jsonl");
+        let (file, lines) = match target {
+            OutputTarget::Stream(stream) => {
+                (None, Lines::direct("standard output".into(), stream))
+            }
+            OutputTarget::File(path) if is_special(&path) => {
+                let stream = OpenOptions::new().write(true).open(&path);
+                let stream = stream.map_err(|error| refused(&path, error))?;
+                (None, Lines::direct(path, Box::new(stream)))
+            }
+            OutputTarget::File(path) => {
+                create_folder(&path)?;
+                let lines = Lines::growing(&path, "partial")?;
+                (Some(path), lines)
+            }
         };
         Ok(Self {
-            name,
-            writer: BufWriter::with_capacity(256 << 10, stream),
-            rename,
+            file,
+            errors_file,
+            lines: Some(lines),
+            ordered: true,
             next: 0,
             early: BTreeMap::new(),
             early_bytes: 0,
             early_bytes_max,
-            spill: Spill { path: spill_path.to_owned(), file: None, end: 0, live: 0 },
-            stored: Stored::default(),
-            stored_place: 0,
+            spill: Spill { path: run_dir.join("spill"), file: None, end: 0, live: 0 },
+            stored: StoredLines::default(),
             buffer: Vec::new(),
-            counts: OutputCounts::default(),
         })
     }
 
+    /// The same for a launch that only merges: nothing is written before.
+    ///
+    /// # Errors
+    /// The target cannot be written.
+    pub fn create_for_merge(target: OutputTarget, run_dir: &Path) -> Result<Self> {
+        let mut output = match target {
+            OutputTarget::File(path) if !is_special(&path) => {
+                create_folder(&path)?;
+                let sink = OutputTarget::Stream(Box::new(std::io::sink()));
+                let output = Self::create(sink, run_dir, 0)?;
+                Self { file: Some(path), lines: None, ..output }
+            }
+            target => Self::create(target, run_dir, 0)?,
+        };
+        output.ordered = false;
+        Ok(output)
+    }
+
     /// With the finished records of earlier launches.
-    pub fn with_stored(mut self, stored: Stored) -> Self {
+    pub fn with_stored(mut self, stored: StoredLines) -> Self {
         self.stored = stored;
         self
+    }
+
+    /// Whether lines go out as they become ready.
+    pub fn is_ordered(&self) -> bool {
+        self.ordered
+    }
+
+    /// The file that is written at the end, if it is one.
+    pub fn file(&self) -> Option<&Path> {
+        self.file.as_deref()
+    }
+
+    /// Gives up to write lines as they come: others have a part in the run. `FILE.partial`
+    /// goes; what a stream has got stays.
+    pub fn abandon(&mut self) {
+        if !std::mem::replace(&mut self.ordered, false) {
+            return;
+        }
+        self.early.clear();
+        self.stored = StoredLines::default();
+        self.spill.remove();
+        if self.file.is_some() {
+            self.lines.take().into_iter().for_each(Lines::discard);
+        }
+    }
+
+    /// Writes all `total` records from the journals.
+    ///
+    /// # Errors
+    /// As [`OrderedOutput::finish`].
+    pub fn merge(&mut self, stored: StoredLines, total: u64) -> Result<OutputCounts> {
+        self.abandon();
+        if let Some(file) = &self.file {
+            self.lines = Some(Lines::growing(file, "merging")?);
+            self.next = 0;
+        }
+        self.ordered = true;
+        self.stored = stored;
+        self.finish(total)
     }
 
     /// Takes the line of record `index` (with its `\n`). A second line for the same record
     /// is ignored.
     pub fn push(&mut self, index: u64, line: Vec<u8>, is_error: bool) -> Result<()> {
+        if !self.ordered {
+            return Ok(());
+        }
         if index < self.next || self.early.contains_key(&index) {
             return Ok(());
         }
@@ -123,59 +193,53 @@ impl OrderedOutput {
     pub fn advance(&mut self, max_stored: usize) -> Result<bool> {
         for _ in 0..max_stored {
             self.write_early()?;
-            while self.stored.get(self.stored_place).is_some_and(|(index, _)| index < self.next) {
-                self.stored_place += 1;
+            while self.stored.peek().is_some_and(|line| line.0 < self.next) {
+                self.stored.advance()?;
             }
-            let Some((index, is_error)) = self.stored.get(self.stored_place) else {
+            let Some((index, _, is_error)) = self.stored.peek() else {
                 return Ok(false);
             };
             if index != self.next {
                 return Ok(false);
             }
             let mut line = std::mem::take(&mut self.buffer);
-            self.stored.read(self.stored_place, &mut line)?;
+            self.stored.read(&mut line)?;
             self.write(&line, is_error)?;
             self.buffer = line;
         }
         Ok(true)
     }
 
-    /// Lines written so far.
-    pub fn counts(&self) -> OutputCounts {
-        self.counts
-    }
-
     /// Hands what is written to the operating system.
+    ///
+    /// # Errors
+    /// A fault that names the file.
     pub fn flush(&mut self) -> Result<()> {
-        self.writer.flush().map_err(|error| Error::io(&self.name, error))
+        self.lines.as_mut().map_or(Ok(()), Lines::flush)
     }
 
     /// Completes the output of `total` records: everything is on disk before FILE gets its
     /// name. An error (and no FILE) if a record is missing.
-    pub fn finish(mut self, total: u64) -> Result<OutputCounts> {
+    pub fn finish(&mut self, total: u64) -> Result<OutputCounts> {
         while self.advance(usize::MAX)? {}
+        let Some(lines) = self.lines.take() else {
+            return Err(Error::fault("the output was given up"));
+        };
         if self.next != total {
             return Err(Error::fault(format!(
                 "{}: record {} of {total} is missing; run the same command again to complete it",
-                self.name.display(),
+                lines.name.display(),
                 self.next
             )));
         }
-        self.flush()?;
-        if let Some(Rename { partial, file, to }) = &self.rename {
-            file.sync_all().map_err(|error| Error::io(partial, error))?;
-            std::fs::rename(partial, to).map_err(|error| Error::io(to, error))?;
-            sync_folder(to);
-        }
         self.spill.remove();
-        Ok(self.counts)
+        lines.finish(&self.errors_file)
     }
 
     fn write(&mut self, line: &[u8], is_error: bool) -> Result<()> {
-        self.writer.write_all(line).map_err(|error| Error::io(&self.name, error))?;
+        let Some(lines) = &mut self.lines else { return Ok(()) };
+        lines.write(line, is_error, &self.errors_file)?;
         self.next += 1;
-        self.counts.records += 1;
-        self.counts.errors += u64::from(is_error);
         Ok(())
     }
 
@@ -199,23 +263,113 @@ impl OrderedOutput {
     }
 }
 
-type Opened = (PathBuf, Box<dyn Write + Send>, Option<Rename>);
+/// The growing output: its lines, and a copy of the error records.
+struct Lines {
+    /// For messages.
+    name: PathBuf,
+    /// What files that are not complete end in.
+    suffix: &'static str,
+    writer: BufWriter<Box<dyn Write + Send>>,
+    growing: Option<Growing>,
+    errors: Option<(BufWriter<File>, Growing)>,
+    counts: OutputCounts,
+}
 
-fn open(path: PathBuf) -> Result<Opened> {
-    let io = |error| Error::input(format!("--output {}: {error}", path.display()));
-    if path.metadata().is_ok_and(|metadata| !metadata.is_file()) {
-        let file = OpenOptions::new().write(true).open(&path).map_err(io)?;
-        return Ok((path.clone(), Box::new(file), None));
+/// A file that gets its name when it is complete.
+struct Growing {
+    partial: PathBuf,
+    file: File,
+    to: PathBuf,
+}
+
+impl Growing {
+    fn create(to: &Path, suffix: &str) -> Result<Self> {
+        let partial = with_suffix(to, suffix);
+        let file = create_alone(&partial)?;
+        Ok(Self { partial, file, to: to.to_owned() })
     }
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).map_err(io)?;
+
+    fn finish(self) -> Result<()> {
+        self.file.sync_all().map_err(|error| Error::io(&self.partial, error))?;
+        std::fs::rename(&self.partial, &self.to).map_err(|error| Error::io(&self.to, error))?;
+        sync_folder(&self.to);
+        Ok(())
     }
-    let mut partial = path.clone().into_os_string();
-    partial.push(".partial");
-    let partial = PathBuf::from(partial);
-    let file = create_alone(&partial)?;
-    let stream = Box::new(file.try_clone().map_err(io)?);
-    Ok((partial.clone(), stream, Some(Rename { partial, file, to: path })))
+
+    fn discard(self) {
+        let _ = std::fs::remove_file(&self.partial);
+    }
+}
+
+impl Lines {
+    fn direct(name: PathBuf, stream: Box<dyn Write + Send>) -> Self {
+        let writer = BufWriter::with_capacity(256 << 10, stream);
+        let counts = OutputCounts::default();
+        Self { name, suffix: "partial", writer, growing: None, errors: None, counts }
+    }
+
+    fn growing(to: &Path, suffix: &'static str) -> Result<Self> {
+        let growing = Growing::create(to, suffix)?;
+        let stream = growing.file.try_clone().map_err(|error| refused(to, error))?;
+        let lines = Self::direct(growing.partial.clone(), Box::new(stream));
+        Ok(Self { suffix, growing: Some(growing), ..lines })
+    }
+
+    fn write(&mut self, line: &[u8], is_error: bool, errors_file: &Path) -> Result<()> {
+        self.writer.write_all(line).map_err(|error| Error::io(&self.name, error))?;
+        self.counts.records += 1;
+        if is_error {
+            self.counts.errors += 1;
+            let (writer, growing) = match &mut self.errors {
+                Some(errors) => errors,
+                None => {
+                    let growing = Growing::create(errors_file, self.suffix)?;
+                    let file = growing.file.try_clone();
+                    let file = file.map_err(|error| Error::io(&growing.partial, error))?;
+                    self.errors.insert((BufWriter::new(file), growing))
+                }
+            };
+            writer.write_all(line).map_err(|error| Error::io(&growing.partial, error))?;
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        self.writer.flush().map_err(|error| Error::io(&self.name, error))?;
+        if let Some((writer, growing)) = &mut self.errors {
+            writer.flush().map_err(|error| Error::io(&growing.partial, error))?;
+        }
+        Ok(())
+    }
+
+    fn finish(mut self, errors_file: &Path) -> Result<OutputCounts> {
+        self.flush()?;
+        match self.errors {
+            Some((_, growing)) => growing.finish()?,
+            // Of an earlier output, before a retry.
+            None => drop(std::fs::remove_file(errors_file)),
+        }
+        self.growing.map_or(Ok(()), Growing::finish)?;
+        Ok(self.counts)
+    }
+
+    fn discard(self) {
+        self.errors.into_iter().for_each(|(_, growing)| growing.discard());
+        self.growing.into_iter().for_each(Growing::discard);
+    }
+}
+
+fn is_special(path: &Path) -> bool {
+    path.metadata().is_ok_and(|metadata| !metadata.is_file())
+}
+
+fn refused(path: &Path, error: std::io::Error) -> Error {
+    Error::input(format!("--output {}: {error}", path.display()))
+}
+
+fn create_folder(path: &Path) -> Result<()> {
+    let folder = path.parent().map_or(Ok(()), std::fs::create_dir_all);
+    folder.map_err(|error| refused(path, error))
 }
 
 /// Creates (or empties) `partial` and locks it while it is open: two runs with one output
@@ -238,14 +392,6 @@ fn create_alone(partial: &Path) -> Result<File> {
             file.set_len(0).map_err(io)?;
             return Ok(file);
         }
-    }
-}
-
-/// Makes a rename in the folder of `path` durable, where the file system lets it be asked for.
-fn sync_folder(path: &Path) {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    if let Ok(folder) = File::open(folder.unwrap_or(Path::new("."))) {
-        let _ = folder.sync_all();
     }
 }
 

@@ -8,7 +8,7 @@
 use std::borrow::Cow;
 
 use crate::comm::{Tag, tags};
-use crate::ledger::{Finished, Load};
+use crate::ledger::{Finished, Load, Task};
 use crate::prompts::{RawBody, RawRecord};
 use crate::{Error, Result};
 
@@ -36,7 +36,7 @@ pub struct Update {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Order {
     /// Records to work on.
-    Block(Vec<RawRecord>),
+    Block(Vec<Task>),
     /// No more records will come.
     NoMore {
         /// The run drains: what has not started is not to be started.
@@ -108,21 +108,18 @@ impl Order {
         let mut out = Encoder(Vec::new());
         match self {
             Order::NoMore { stopped } => out.u8(if *stopped { STOPPED } else { NO_MORE }),
-            Order::Block(records) => {
+            Order::Block(tasks) => {
                 out.u8(BLOCK);
-                out.u64(records.len() as u64);
-                for record in records {
-                    let (kind, body) = match &record.body {
-                        RawBody::Text(bytes) => (TEXT, Cow::Borrowed(bytes.as_slice())),
-                        RawBody::Json(bytes) => (JSON, Cow::Borrowed(bytes.as_slice())),
-                        RawBody::Bad { code, message } => {
-                            (BAD, Cow::Owned(serde_json::json!([code, message]).to_string().into()))
-                        }
-                    };
+                out.u64(tasks.len() as u64);
+                for Task { record, attempt, saved } in tasks {
+                    let (kind, body) = kind_and_bytes(&record.body);
                     out.u64(record.index);
                     out.u64(record.line);
                     out.u8(kind);
                     out.bytes(&body);
+                    out.u64((*attempt).into());
+                    out.u8(saved.is_some().into());
+                    out.bytes(saved.as_deref().unwrap_or_default());
                 }
             }
         }
@@ -136,7 +133,7 @@ impl Order {
             NO_MORE => Order::NoMore { stopped: false },
             STOPPED => Order::NoMore { stopped: true },
             BLOCK => {
-                let mut records = Vec::new();
+                let mut tasks = Vec::new();
                 for _ in 0..input.u64()? {
                     let (index, line, kind) = (input.u64()?, input.u64()?, input.u8()?);
                     let body = input.bytes()?;
@@ -150,15 +147,44 @@ impl Order {
                         }
                         _ => return Err(damaged()),
                     };
-                    records.push(RawRecord { index, line, body });
+                    let record = RawRecord { index, line, body };
+                    let attempt = input.u64()?.try_into().map_err(|_| damaged())?;
+                    let is_saved = input.bool()?;
+                    let saved = Some(input.bytes()?).filter(|_| is_saved);
+                    tasks.push(Task { record, attempt, saved });
                 }
-                Order::Block(records)
+                Order::Block(tasks)
             }
             _ => return Err(damaged()),
         };
         input.end()?;
         Ok(order)
     }
+}
+
+fn kind_and_bytes(body: &RawBody) -> (u8, Cow<'_, [u8]>) {
+    match body {
+        RawBody::Text(bytes) => (TEXT, Cow::Borrowed(bytes)),
+        RawBody::Json(bytes) => (JSON, Cow::Borrowed(bytes)),
+        RawBody::Bad { code, message } => {
+            (BAD, Cow::Owned(serde_json::json!([code, message]).to_string().into()))
+        }
+    }
+}
+
+/// A record's key in the journal: of the run (which stands for prompts file, sampling, seed,
+/// model and adapter), of its place in the input and of what it says. Equal lines have
+/// different keys.
+pub fn record_key(run_key: &str, record: &RawRecord) -> u64 {
+    let (kind, body) = kind_and_bytes(&record.body);
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(run_key.as_bytes());
+    hasher.update(&record.index.to_le_bytes());
+    hasher.update(&[kind]);
+    hasher.update(&body);
+    let mut key = [0; 8];
+    key.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
+    u64::from_le_bytes(key)
 }
 
 fn damaged() -> Error {
@@ -237,12 +263,14 @@ mod tests {
         ]
     }
 
-    fn record() -> impl Strategy<Value = RawRecord> {
-        (any::<u64>(), any::<u64>(), body()).prop_map(|(index, line, body)| RawRecord {
-            index,
-            line,
-            body,
-        })
+    fn task() -> impl Strategy<Value = Task> {
+        let saved = prop::option::of(bytes());
+        (any::<u64>(), any::<u64>(), body(), any::<u16>(), saved).prop_map(
+            |(index, line, body, attempt, saved)| {
+                let record = RawRecord { index, line, body };
+                Task { record, attempt, saved }
+            },
+        )
     }
 
     fn finished() -> impl Strategy<Value = Finished> {
@@ -260,8 +288,8 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn orders_arrive_as_sent(records in prop::collection::vec(record(), 0..6), stopped: bool) {
-            for order in [Order::Block(records.clone()), Order::NoMore { stopped }] {
+        fn orders_arrive_as_sent(tasks in prop::collection::vec(task(), 0..6), stopped: bool) {
+            for order in [Order::Block(tasks.clone()), Order::NoMore { stopped }] {
                 prop_assert_eq!(Order::decode(&order.encode()).unwrap(), order);
             }
         }
@@ -281,10 +309,10 @@ mod tests {
         /// A cut or foreign message is refused without a panic or a huge allocation.
         #[test]
         fn damaged_messages_are_errors(
-            records in prop::collection::vec(record(), 1..4), cut in any::<prop::sample::Index>(),
+            tasks in prop::collection::vec(task(), 1..4), cut in any::<prop::sample::Index>(),
             noise in prop::collection::vec(any::<u8>(), 0..80),
         ) {
-            let whole = Order::Block(records).encode();
+            let whole = Order::Block(tasks).encode();
             prop_assert!(Order::decode(&whole[..cut.index(whole.len())]).is_err());
             prop_assert!(Order::decode(&[whole, vec![0]].concat()).is_err());
             let _ = Order::decode(&noise);

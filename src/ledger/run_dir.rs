@@ -1,8 +1,15 @@
 //! The run directory: what ties finished records to one prompts file, model and sampling.
 //!
-//! `run.json` (the identity and every launch), `parts/` (finished records), `stats.json`,
-//! `ranks.csv`, `events.jsonl`. The same command finds its directory again and goes on; a
-//! command that would give other records is refused.
+//! ```text
+//! run.json       the identity, written once by the launch that begins the run
+//! journal/       finished and saved records, a file a rank a launch (see `journal`)
+//! claims/        which launch works on which records (see `claims`)
+//! errors.jsonl   the error records; output.jsonl where `--output` says so
+//! stats.json, ranks.csv, events.jsonl   of the last launch
+//! ```
+//!
+//! The same command finds its directory again and goes on, at any time and from any
+//! number of jobs; a command that would give other records is refused.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,13 +17,11 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::files::replace_file;
-use crate::ledger::parts::{self, Stored};
-use crate::ledger::run_lock::RunLock;
+use crate::ledger::claims::{ClaimStore, FsStore};
 use crate::{Error, Result};
 
 /// Version of `run.json`'s form and of the directory's layout.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// What decides the records: a run goes on only where all of it is the same.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -104,13 +109,74 @@ pub struct Launch {
 
 /// `run.json`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-struct RunFile {
-    format: u32,
-    identity: RunIdentity,
-    launches: Vec<Launch>,
-    /// What a newer farm of the same format wrote is kept.
+pub struct RunFile {
+    /// Version of the form.
+    pub format: u32,
+    /// What decides the records.
+    pub identity: RunIdentity,
+    /// Records in a claim block.
+    pub claim_records: u64,
+    /// The launch that began the run.
+    pub created: Launch,
+    /// Its flags, resolved, with absolute paths: what `farm retry` starts again.
+    pub arguments: Vec<String>,
+    /// What a newer farm of the same format wrote.
     #[serde(flatten)]
-    rest: Map<String, Value>,
+    pub rest: Map<String, Value>,
+}
+
+impl RunFile {
+    /// A run that begins now.
+    pub fn new(
+        identity: RunIdentity,
+        claim_records: u64,
+        created: Launch,
+        arguments: Vec<String>,
+    ) -> Self {
+        Self { format: FORMAT, identity, claim_records, created, arguments, rest: Map::new() }
+    }
+
+    /// Reads `run.json` of the run directory at `path`; `None` if there is none.
+    ///
+    /// # Errors
+    /// It cannot be read, or is not one of this farm's.
+    pub fn read(path: &Path) -> Result<Option<Self>> {
+        const HELP: &str = "give another --run-dir, or --force-new to set it aside";
+        let name = path.join("run.json");
+        let bytes = match fs::read(&name) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::io(&name, error)),
+        };
+        #[derive(Deserialize)]
+        struct Version {
+            format: u32,
+        }
+        let broken = |error| {
+            Error::input(format!("{}: not a run of farm ({error}); {HELP}", name.display()))
+        };
+        let Version { format } = serde_json::from_slice(&bytes).map_err(broken)?;
+        if format != FORMAT {
+            return Err(Error::input(format!(
+                "{}: format {format}, but this farm reads {FORMAT}; {HELP}",
+                name.display()
+            )));
+        }
+        serde_json::from_slice(&bytes).map(Some).map_err(broken)
+    }
+
+    fn check_same(&self, path: &Path, identity: &RunIdentity) -> Result<()> {
+        let differences = identity.differences(&self.identity);
+        if differences.is_empty() {
+            return Ok(());
+        }
+        Err(Error::input(format!(
+            "the run in {} is another one:\n{}\nGive another --run-dir, or --force-new to set \
+             that run aside and begin anew",
+            path.display(),
+            differences.join("\n")
+        )))
+    }
 }
 
 /// What to do where the directory holds a run already.
@@ -118,18 +184,18 @@ struct RunFile {
 pub enum ExistingRun {
     /// Go on if it is the same run (the default, and `--resume`).
     Resume,
-    /// Set it aside and begin anew (`--force-new`).
+    /// Set it aside and begin anew (`--force-new`). Not while a launch works on it: see
+    /// [`look`](crate::ledger::membership::look).
     SetAside,
 }
 
-/// An open run directory, locked for this job. Rank 0 has it; the other ranks need only
-/// [`RunDir::parts_of`] its path.
+/// An open run directory. Rank 0 has it; the other ranks need only
+/// [`RunDir::journal_of`] its path.
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
     run: RunFile,
-    warnings: Vec<String>,
-    _lock: RunLock,
+    resumed: bool,
 }
 
 /// `farm-runs/<stem>-<short key>` beside the output, or here if there is no output file.
@@ -139,47 +205,53 @@ pub fn default_path(output: Option<&Path>, prompts_stem: &str, short_key: &str) 
 }
 
 impl RunDir {
-    /// Creates the directory or goes on with the run in it, and locks it. Call on rank 0
-    /// only, then agree. An input error if it is another run, is damaged or is in use.
-    pub fn open(
-        path: &Path,
-        identity: &RunIdentity,
-        launch: Launch,
-        existing: ExistingRun,
-    ) -> Result<Self> {
-        let parts = Self::parts_of(path);
-        fs::create_dir_all(path)
-            .map_err(|error| Error::input(format!("--run-dir {}: {error}", path.display())))?;
-        let lock = RunLock::take(&path.join("lock"), launch.slurm_job_id.as_deref())?;
-        let run_json = path.join("run.json");
+    /// Begins the run `new`, or goes on with the same one where the directory holds it. Call
+    /// on rank 0 only, then agree.
+    ///
+    /// # Errors
+    /// An input error if it is another run or is damaged.
+    pub fn open(path: &Path, new: RunFile, existing: ExistingRun) -> Result<Self> {
+        let refused = |error| Error::input(format!("--run-dir {}: {error}", path.display()));
+        fs::create_dir_all(path).map_err(refused)?;
         if existing == ExistingRun::SetAside {
             set_aside(path)?;
         }
-        let mut run = match fs::read(&run_json) {
-            Ok(bytes) => read_run(path, &bytes, identity)?,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                new_run(path, &parts, identity)?
-            }
-            Err(error) => return Err(Error::io(&run_json, error)),
-        };
-        let warnings = launch_warnings(&run, &launch);
-        run.launches.push(launch);
-        // run.json first: part files without it are taken for another run's.
-        let text = serde_json::to_vec_pretty(&run).map_err(Error::fault)?;
-        replace_file(&run_json, &text)?;
-        fs::create_dir_all(&parts).map_err(|error| Error::io(&parts, error))?;
-        Ok(Self { path: path.to_owned(), run, warnings, _lock: lock })
+        if let Some(run) = RunFile::read(path)? {
+            return Self::go_on(path, run, &new.identity);
+        }
+        let journal = Self::journal_of(path);
+        if journal.exists() {
+            return Err(Error::input(format!(
+                "{} holds finished records but its run.json is gone: give another --run-dir, or \
+                 --force-new to set them aside",
+                path.display()
+            )));
+        }
+        let text = serde_json::to_vec_pretty(&new).map_err(Error::fault)?;
+        // run.json first: a journal without it is taken for another run's. Of jobs that start
+        // at the same time one writes it.
+        let is_first = FsStore::new(path)?.create("run.json", &text)?;
+        let run = if is_first { new.clone() } else { RunFile::read(path)?.unwrap_or(new.clone()) };
+        run.check_same(path, &new.identity)?;
+        fs::create_dir_all(&journal).map_err(refused)?;
+        Ok(Self { path: path.to_owned(), run, resumed: false })
     }
 
-    /// The folder of part files of the run at `path`, for every rank.
-    pub fn parts_of(path: &Path) -> PathBuf {
-        path.join("parts")
+    fn go_on(path: &Path, run: RunFile, identity: &RunIdentity) -> Result<Self> {
+        run.check_same(path, identity)?;
+        let journal = Self::journal_of(path);
+        fs::create_dir_all(&journal).map_err(|error| Error::io(&journal, error))?;
+        Ok(Self { path: path.to_owned(), run, resumed: true })
     }
 
-    /// Reads what earlier launches finished and cuts torn tails; before any rank opens its
-    /// part file.
-    pub fn stored(&self) -> Result<Stored> {
-        parts::scan(&Self::parts_of(&self.path))
+    /// The folder of journals of the run at `path`, for every rank.
+    pub fn journal_of(path: &Path) -> PathBuf {
+        path.join("journal")
+    }
+
+    /// The folder of claims of the run at `path`.
+    pub fn claims_of(path: &Path) -> PathBuf {
+        path.join("claims")
     }
 
     /// The directory.
@@ -187,80 +259,35 @@ impl RunDir {
         &self.path
     }
 
+    /// `run.json`.
+    pub fn file(&self) -> &RunFile {
+        &self.run
+    }
+
     /// Whether an earlier launch began this run.
     pub fn resumed(&self) -> bool {
-        self.run.launches.len() > 1
+        self.resumed
     }
 
     /// When the run's first launch began, in seconds since 1970: the same for all launches.
     pub fn started_unix_seconds(&self) -> u64 {
-        self.run.launches[0].started_unix_seconds
+        self.run.created.started_unix_seconds
     }
-
-    /// What the user should know: this launch differs from earlier ones in what may change
-    /// the last bits of floating point.
-    pub fn warnings(&self) -> &[String] {
-        &self.warnings
-    }
-
-    /// Early output lines that do not fit into memory.
-    pub fn spill(&self) -> PathBuf {
-        self.path.join("spill")
-    }
-}
-
-fn new_run(path: &Path, parts: &Path, identity: &RunIdentity) -> Result<RunFile> {
-    if parts.exists() {
-        return Err(Error::input(format!(
-            "{} holds finished records but its run.json is gone: give another --run-dir, or \
-             --force-new to set them aside",
-            path.display()
-        )));
-    }
-    let identity = identity.clone();
-    Ok(RunFile { format: FORMAT, identity, launches: Vec::new(), rest: Map::new() })
-}
-
-fn read_run(path: &Path, bytes: &[u8], identity: &RunIdentity) -> Result<RunFile> {
-    const HELP: &str = "give another --run-dir, or --force-new to set it aside";
-    let name = path.join("run.json");
-    let run: RunFile = serde_json::from_slice(bytes).map_err(|error| {
-        Error::input(format!("{}: not a run of farm ({error}); {HELP}", name.display()))
-    })?;
-    if run.format != FORMAT || run.launches.is_empty() {
-        return Err(Error::input(format!(
-            "{}: format {}, but this farm reads {FORMAT}; {HELP}",
-            name.display(),
-            run.format
-        )));
-    }
-    let differences = identity.differences(&run.identity);
-    if !differences.is_empty() {
-        return Err(Error::input(format!(
-            "the run in {} is another one:\n{}\nGive another --run-dir, or --force-new to set \
-             that run aside and begin anew",
-            path.display(),
-            differences.join("\n")
-        )));
-    }
-    Ok(run)
-}
-
-fn launch_warnings(run: &RunFile, launch: &Launch) -> Vec<String> {
-    let Some(last) = run.launches.last() else { return Vec::new() };
-    [("farm's version", &last.farm_version, &launch.farm_version)]
-        .into_iter()
-        .filter(|(_, before, now)| before != now)
-        .map(|(what, before, now)| {
-            format!("{what}: {before} in the run so far, {now} now; floating point may differ")
-        })
-        .collect()
 }
 
 /// Moves what the last run left into `set-aside-N/`; a kill in between loses nothing.
 fn set_aside(path: &Path) -> Result<()> {
     // run.json goes last: while it is there the directory is still the old run.
-    let names = ["parts", "stats.json", "ranks.csv", "events.jsonl", "run.json"];
+    let names = [
+        "journal",
+        "parts",
+        "claims",
+        "errors.jsonl",
+        "stats.json",
+        "ranks.csv",
+        "events.jsonl",
+        "run.json",
+    ];
     if !names.iter().any(|name| path.join(name).exists()) {
         return Ok(());
     }
@@ -283,7 +310,6 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::ledger::{PartWriter, RecordSink};
 
     fn identity() -> RunIdentity {
         RunIdentity {
@@ -307,30 +333,34 @@ mod tests {
     }
 
     fn open(path: &Path, identity: &RunIdentity, existing: ExistingRun) -> Result<RunDir> {
-        RunDir::open(path, identity, launch(100), existing)
-    }
-
-    fn finish_one(path: &Path) {
-        let mut part = PartWriter::open(&RunDir::parts_of(path), 0).unwrap();
-        part.append(0, b"{}\n", false).unwrap();
-        part.sync().unwrap();
+        RunDir::open(path, RunFile::new(identity.clone(), 8, launch(100), Vec::new()), existing)
     }
 
     #[test]
-    fn the_same_command_goes_on_with_what_is_finished() {
+    fn the_same_command_goes_on_with_the_run() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("deep/run");
-        let first = open(&path, &identity(), ExistingRun::Resume).unwrap();
-        assert!(!first.resumed() && first.stored().unwrap().is_empty());
-        finish_one(&path);
-        assert!(open(&path, &identity(), ExistingRun::Resume).is_err(), "in use");
-        drop(first);
-        let later = Launch { farm_version: "9.9.9".into(), ..launch(200) };
-        let second = RunDir::open(&path, &identity(), later, ExistingRun::Resume).unwrap();
+        assert!(!open(&path, &identity(), ExistingRun::Resume).unwrap().resumed());
+        let later = RunFile::new(identity(), 64, launch(200), vec!["--chat".into()]);
+        let second = RunDir::open(&path, later, ExistingRun::Resume).unwrap();
         assert!(second.resumed());
         assert_eq!(second.started_unix_seconds(), 100);
-        assert_eq!(second.stored().unwrap().len(), 1);
-        assert_eq!(second.warnings().len(), 1, "{:?}", second.warnings());
+        assert_eq!((second.file().claim_records, second.file().arguments.len()), (8, 0));
+    }
+
+    /// Jobs that a submission starts together: one begins the run, all work on it.
+    #[test]
+    fn of_many_that_begin_a_run_one_does() {
+        let dir = tempfile::tempdir().unwrap();
+        let starts: Vec<u64> = std::thread::scope(|scope| {
+            let begin = |number| {
+                let run = RunFile::new(identity(), 8, launch(number), Vec::new());
+                RunDir::open(dir.path(), run, ExistingRun::Resume).unwrap().started_unix_seconds()
+            };
+            let threads: Vec<_> = (0..8).map(|n| scope.spawn(move || begin(n))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert!(starts.iter().all(|start| start == &starts[0]), "{starts:?}");
     }
 
     #[test]
@@ -356,24 +386,25 @@ mod tests {
     fn force_new_sets_the_old_run_aside() {
         let dir = tempfile::tempdir().unwrap();
         drop(open(dir.path(), &identity(), ExistingRun::SetAside).unwrap());
-        finish_one(dir.path());
+        fs::write(RunDir::journal_of(dir.path()).join("00001-00000.farm"), "x").unwrap();
         let other = RunIdentity { model: "m2".into(), ..identity() };
         let run = open(dir.path(), &other, ExistingRun::SetAside).unwrap();
-        assert!(!run.resumed() && run.stored().unwrap().is_empty());
-        assert!(dir.path().join("set-aside-1/parts/rank-00000.jsonl").exists());
+        assert!(!run.resumed());
+        assert!(fs::read_dir(RunDir::journal_of(dir.path())).unwrap().next().is_none());
+        assert!(dir.path().join("set-aside-1/journal/00001-00000.farm").exists());
     }
 
     #[test]
     fn a_damaged_run_file_is_an_input_error() {
         let dir = tempfile::tempdir().unwrap();
         drop(open(dir.path(), &identity(), ExistingRun::Resume).unwrap());
-        for content in ["", "{", "[]", "{\"format\":1}"] {
+        for content in ["", "{", "[]", "{\"format\":1}", "{\"format\":2}"] {
             fs::write(dir.path().join("run.json"), content).unwrap();
             let error = open(dir.path(), &identity(), ExistingRun::Resume).unwrap_err();
             assert!(error.message.contains("run.json"), "{error}");
         }
         fs::remove_file(dir.path().join("run.json")).unwrap();
-        assert!(open(dir.path(), &identity(), ExistingRun::Resume).is_err(), "parts stay guarded");
+        assert!(open(dir.path(), &identity(), ExistingRun::Resume).is_err(), "records stay guarded");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 
-use super::{Handout, HandoutConfig, IndexSet, Load, Reply};
+use super::{Handout, HandoutConfig, Load, Reply};
 use crate::prompts::{RawBody, RawRecord};
 
 /// A small counter-based generator (splitmix64), so that a seed replays a run.
@@ -110,7 +110,7 @@ impl Simulation {
     fn run(&self) -> Outcome {
         let mut ranks = self.ranks();
         let config = HandoutConfig::for_workers(ranks.len());
-        let mut handout = Handout::new(config, ranks.len(), IndexSet::new());
+        let mut handout = Handout::new(config, ranks.len());
         let mut next = 0;
         while !handout.complete() {
             let at = |rank: &Rank| rank.step_end_seconds;

@@ -1,0 +1,169 @@
+//! A launch's place among those that work on a run: it registers, shows that it lives,
+//! and leaves.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::RunDir;
+use super::claims::{
+    Claims, ClaimsConfig, Evidence, FsStore, Heartbeat, JobRef, LaunchId, Owner, OwnerFile,
+    OwnerProgress, Standing,
+};
+use super::run_dir::Launch;
+use crate::{Error, Result};
+
+/// A launch on a run, from its registration until it leaves.
+pub struct Membership {
+    launch: LaunchId,
+    heartbeat: Option<Heartbeat>,
+    progress: Arc<Mutex<OwnerProgress>>,
+    /// The merge that this launch may have a part in: those before it are done.
+    merge: u32,
+    merged_records: Option<u64>,
+    late_seconds: f64,
+    noticed_seconds: f64,
+}
+
+impl Membership {
+    /// Registers this launch on the run in `run_dir`.
+    ///
+    /// # Errors
+    /// The run directory cannot be read or written.
+    pub fn join(
+        run_dir: &Path,
+        job: Option<JobRef>,
+        facts: &Launch,
+        evidence: Box<dyn Evidence>,
+        config: ClaimsConfig,
+    ) -> Result<(Self, Claims)> {
+        let folder = RunDir::claims_of(run_dir);
+        let facts = serde_json::to_value(facts).map_err(Error::fault)?;
+        let owner = Owner::this_process(job, facts);
+        let late_seconds = config.heartbeat_timeout_seconds / 2.0;
+        let heartbeat_seconds = config.heartbeat_seconds;
+        let store = Box::new(FsStore::new(&folder)?);
+        let mut claims = Claims::join(store, evidence, owner, config, 0.0)?;
+        let file = claims.owner_file().clone();
+        let heartbeat = Heartbeat::start(FsStore::new(&folder)?, file, heartbeat_seconds);
+        let progress = heartbeat.progress();
+        let (merge, merged_records) = merges_done(&mut claims)?;
+        let launch = claims.launch();
+        let heartbeat = Some(heartbeat);
+        let member = Self {
+            launch,
+            heartbeat,
+            progress,
+            merge,
+            merged_records,
+            late_seconds,
+            noticed_seconds: 0.0,
+        };
+        Ok((member, claims))
+    }
+
+    /// This launch's number.
+    pub fn launch(&self) -> LaunchId {
+        self.launch
+    }
+
+    /// The claim on writing the output.
+    pub fn merge_name(&self) -> String {
+        merge_name(self.merge)
+    }
+
+    /// Records of the whole run, where it was complete before this launch.
+    pub fn merged_records(&self) -> Option<u64> {
+        self.merged_records
+    }
+
+    /// After a merge to another output: the one that may be this launch's.
+    pub fn next_merge(&mut self) {
+        self.merge += 1;
+    }
+
+    /// Changes what others see of this launch, from the next heartbeat on.
+    pub fn progress(&self, change: impl FnOnce(&mut OwnerProgress)) {
+        let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut progress);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        progress.updated_unix_seconds = now.map_or(0, |now| now.as_secs());
+    }
+
+    /// Why the heartbeat fails: the run directory has vanished, is full or read-only.
+    pub fn error(&self) -> Option<Error> {
+        self.heartbeat.as_ref()?.error()
+    }
+
+    /// Whether, since the last time that this was asked, the heartbeat came so late that
+    /// others may have thought this launch gone.
+    pub fn was_late(&mut self) -> bool {
+        let gap = self.heartbeat.as_ref().map_or(0.0, Heartbeat::longest_gap_seconds);
+        let late = gap > self.late_seconds && gap > self.noticed_seconds;
+        self.noticed_seconds = self.noticed_seconds.max(gap);
+        late
+    }
+
+    /// Leaves: what this launch claimed and did not do is free at once.
+    pub fn leave(&mut self, how: &str) {
+        if let Some(heartbeat) = self.heartbeat.take()
+            && let Err(error) = heartbeat.leave(how)
+        {
+            tracing::warn!("{error}; other jobs will notice by themselves that this one has left");
+        }
+    }
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        self.leave("ended before its work began");
+    }
+}
+
+fn merge_name(number: u32) -> String {
+    format!("merge-{number:04}")
+}
+
+/// A launch's name for people.
+pub fn who(owner: &Owner) -> String {
+    match &owner.job {
+        Some(job) => format!("job {} on host {}", job.job_id, owner.process.host),
+        None => format!("process {} on host {}", owner.process.pid, owner.process.host),
+    }
+}
+
+/// A run as one sees it who has no part in it.
+pub struct Look {
+    /// The launches at work.
+    pub live: Vec<OwnerFile>,
+    /// Launches that ever were.
+    pub launches: u64,
+    /// Records of the whole run, once its output was written.
+    pub merged_records: Option<u64>,
+}
+
+/// Looks at the run in `run_dir`.
+///
+/// # Errors
+/// The run directory cannot be read.
+pub fn look(run_dir: &Path, evidence: Box<dyn Evidence>) -> Result<Look> {
+    let folder = RunDir::claims_of(run_dir);
+    if !folder.is_dir() {
+        return Ok(Look { live: Vec::new(), launches: 0, merged_records: None });
+    }
+    let store = Box::new(FsStore::new(&folder)?);
+    let mut claims = Claims::observe(store, evidence, ClaimsConfig::default());
+    let (_, merged_records) = merges_done(&mut claims)?;
+    let launches = claims.owners()?.len() as u64;
+    Ok(Look { live: claims.live_others(0.0)?, launches, merged_records })
+}
+
+/// The first merge that is not done, and the records that the one before it wrote.
+fn merges_done(claims: &mut Claims) -> Result<(u32, Option<u64>)> {
+    let (mut merge, mut records) = (0, None);
+    while let Standing::Done(done) = claims.standing(&merge_name(merge), 0.0)? {
+        merge += 1;
+        records = done["records"].as_u64();
+    }
+    Ok((merge, records))
+}
