@@ -449,11 +449,29 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::ledger::parts::{self, PartWriter, RecordSink};
+    use crate::ledger::{
+        JournalHeader, JournalWriter, Journals, RecordId, RecordSink, SyncPolicy,
+    };
 
     fn line(index: u64) -> Vec<u8> {
         format!("{{\"index\":{index},\"text\":\"{}\"}}\n", "x".repeat(index as usize % 40))
             .into_bytes()
+    }
+
+    /// The lines of these records, journalled by an earlier launch in `dir`.
+    fn stored(dir: &Path, indices: impl Iterator<Item = u64>) -> StoredLines {
+        let header = JournalHeader { run_key: "k".into(), launch: 1, ..JournalHeader::default() };
+        let journal = dir.join("journal");
+        std::fs::create_dir_all(&journal).unwrap();
+        let mut writer = JournalWriter::create(&journal, &header, SyncPolicy::default()).unwrap();
+        for index in indices {
+            let id = RecordId { index, key: 0, attempt: 0 };
+            writer.append(id, &line(index), index % 5 == 0).unwrap();
+        }
+        writer.sync().unwrap();
+        let mut journals = Journals::new(&journal, "k");
+        journals.refresh().unwrap();
+        journals.lines().unwrap()
     }
 
     proptest! {
@@ -468,16 +486,11 @@ mod tests {
         ) {
             let dir = tempfile::tempdir().unwrap();
             let is_done = |index: u64| index % 4 < done_share;
-            for &index in order.iter().filter(|&&index| is_done(index)) {
-                let mut part = PartWriter::open(dir.path(), (index % 3) as usize).unwrap();
-                part.append(index, &line(index), index % 5 == 0).unwrap();
-                part.flush().unwrap();
-            }
             let path = dir.path().join("deep/out");
-            let spill = dir.path().join("spill");
             let target = OutputTarget::File(path.clone());
-            let mut output = OrderedOutput::create(target, &spill, budget).unwrap()
-                .with_stored(parts::scan(dir.path()).unwrap());
+            let done = order.iter().copied().filter(|&index| is_done(index));
+            let mut output = OrderedOutput::create(target, dir.path(), budget).unwrap()
+                .with_stored(stored(dir.path(), done));
             for &index in order.iter().filter(|&&index| !is_done(index)) {
                 output.push(index, line(index), index % 5 == 0).unwrap();
                 prop_assert!(output.early_bytes <= budget);
@@ -492,8 +505,29 @@ mod tests {
             prop_assert_eq!(counts, OutputCounts { records: total, errors: total.div_ceil(5) });
             let expected: Vec<u8> = (0..total).flat_map(line).collect();
             prop_assert_eq!(std::fs::read(&path).unwrap(), expected);
-            prop_assert!(!spill.exists() && !dir.path().join("deep/out.partial").exists());
+            let errors: Vec<u8> = (0..total).filter(|index| index % 5 == 0).flat_map(line).collect();
+            prop_assert_eq!(std::fs::read(dir.path().join("errors.jsonl")).unwrap(), errors);
+            for gone in ["spill", "deep/out.partial", "errors.jsonl.partial"] {
+                prop_assert!(!dir.path().join(gone).exists(), "{}", gone);
+            }
         }
+    }
+
+    /// Another launch has a part in the run: what is in the journals counts, nothing else.
+    #[test]
+    fn an_abandoned_output_is_merged_from_the_journals() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out.jsonl");
+        let target = OutputTarget::File(path.clone());
+        let mut output = OrderedOutput::create(target, dir.path(), 0).unwrap();
+        output.push(0, line(0), true).unwrap();
+        output.push(2, line(2), false).unwrap();
+        output.abandon();
+        output.push(1, b"ignored\n".to_vec(), false).unwrap();
+        assert!(std::fs::read_dir(dir.path()).unwrap().next().is_none(), "nothing half done is left");
+        let counts = output.merge(stored(dir.path(), 0..6), 6).unwrap();
+        assert_eq!(counts, OutputCounts { records: 6, errors: 2 });
+        assert_eq!(std::fs::read(&path).unwrap(), (0..6).flat_map(line).collect::<Vec<u8>>());
     }
 
     #[test]
@@ -501,7 +535,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("out.jsonl");
         let target = OutputTarget::File(path.clone());
-        let mut output = OrderedOutput::create(target, &dir.path().join("spill"), 100).unwrap();
+        let mut output = OrderedOutput::create(target, dir.path(), 100).unwrap();
         output.push(0, line(0), false).unwrap();
         output.push(2, line(2), false).unwrap();
         let error = output.finish(3).unwrap_err();
@@ -527,7 +561,7 @@ mod tests {
     fn a_stream_gets_lines_as_their_turn_comes() {
         let (dir, stream) = (tempfile::tempdir().unwrap(), Shared::default());
         let target = OutputTarget::Stream(Box::new(stream.clone()));
-        let mut output = OrderedOutput::create(target, &dir.path().join("spill"), 0).unwrap();
+        let mut output = OrderedOutput::create(target, dir.path(), 0).unwrap();
         output.push(1, line(1), false).unwrap();
         output.flush().unwrap();
         assert!(stream.0.lock().unwrap().is_empty());
@@ -540,7 +574,7 @@ mod tests {
     fn a_device_is_written_directly_and_errors_name_it() {
         let dir = tempfile::tempdir().unwrap();
         let target = OutputTarget::File("/dev/full".into());
-        let mut output = OrderedOutput::create(target, &dir.path().join("spill"), 0).unwrap();
+        let mut output = OrderedOutput::create(target, dir.path(), 0).unwrap();
         output.push(0, line(0), false).unwrap();
         assert!(output.finish(1).unwrap_err().message.contains("/dev/full"));
     }
@@ -552,7 +586,7 @@ mod tests {
         let path = dir.path().join("out.jsonl");
         let create = || {
             let target = OutputTarget::File(path.clone());
-            OrderedOutput::create(target, &dir.path().join("spill"), 100)
+            OrderedOutput::create(target, dir.path(), 100)
         };
         let mut first = create().unwrap();
         first.push(0, b"first\n".to_vec(), false).unwrap();

@@ -1,15 +1,17 @@
-//! The whole ledger on threads as ranks: hand-out, messages, part files, output, resume.
+//! The whole ledger on threads as ranks: claims, hand-out, messages, journals, output, resume.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::coordinator::Source;
+use super::claims::{ClaimsConfig, HostEvidence, Standing};
 use super::*;
 use crate::comm::LocalComm;
 use crate::prompts::{RawBody, RawRecord};
 use crate::{Error, Result};
+
+const RUN_KEY: &str = "0a1b";
 
 fn records(count: u64) -> Source {
     Box::new((0..count).map(|index| {
@@ -18,16 +20,21 @@ fn records(count: u64) -> Source {
     }))
 }
 
+/// The same, read slowly, so that no launch is done before the others have begun.
+fn slow_records(count: u64) -> Source {
+    Box::new(records(count).inspect(|_| std::thread::sleep(Duration::from_micros(100))))
+}
+
 fn line(index: u64) -> String {
     format!("{{\"index\":{index}}}\n")
 }
 
 /// A worker with four slots that finishes one record a step; the indices it worked on. It
 /// asks for a drain after `stop_after` records.
-fn work(link: &mut dyn WorkerLink, part: &mut dyn RecordSink, stop_after: usize) -> Vec<u64> {
+fn work(link: &mut dyn WorkerLink, journal: &mut dyn RecordSink, stop_after: usize) -> Vec<u64> {
     const SLOTS: usize = 4;
     let start = Instant::now();
-    let (mut waiting, mut running, mut done) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut waiting, mut running, mut done) = (Vec::<Task>::new(), Vec::new(), Vec::new());
     loop {
         let load = Load {
             slots: SLOTS,
@@ -40,27 +47,92 @@ fn work(link: &mut dyn WorkerLink, part: &mut dyn RecordSink, stop_after: usize)
             return done;
         }
         while running.len() < SLOTS
-            && let Some(record) = waiting.pop()
+            && let Some(task) = waiting.pop()
         {
-            running.push(record);
+            journal.start(task.id(RUN_KEY)).unwrap();
+            running.push(task);
         }
-        let Some(record) = running.pop() else {
+        let Some(task) = running.pop() else {
             if link.state() == LinkState::Finished {
                 return done;
             }
             link.wait(Duration::from_millis(20));
             continue;
         };
-        let (index, is_error) = (record.index, record.index % 10 == 3);
+        let id = task.id(RUN_KEY);
+        let (index, is_error) = (id.index, id.index % 10 == 3);
         let line = line(index).into_bytes();
-        part.append(index, &line, is_error).unwrap();
-        part.flush().unwrap();
+        journal.append(id, &line, is_error).unwrap();
+        journal.flush(start.elapsed().as_secs_f64()).unwrap();
         link.submit(Finished { index, line, is_error, cost: 1.0, new_tokens: 1 });
         done.push(index);
         if done.len() == stop_after {
             link.request_stop();
         }
     }
+}
+
+/// Rank 0's coordinator for a launch on the run in `folder`, and the launch's number.
+fn join(
+    folder: &Path,
+    comm: std::sync::Arc<dyn crate::comm::Communicator>,
+    source: &impl Fn() -> Source,
+) -> (Coordinator, u32) {
+    let run = folder.join("run");
+    let identity = RunIdentity {
+        command: "generate".into(),
+        prompts: json!("p"),
+        model: "m".into(),
+        adapter: None,
+        sampling: json!({}),
+    };
+    let facts = Launch {
+        farm_version: "0.1.0".into(),
+        kernel_tier: "scalar".into(),
+        slurm_job_id: None,
+        ranks: comm.size(),
+        host: "node1".into(),
+        started_unix_seconds: 1,
+    };
+    let file = RunFile::new(identity, 16, facts.clone(), Vec::new());
+    let run_dir = RunDir::open(&run, file, ExistingRun::Resume).unwrap();
+    let evidence = Box::new(HostEvidence::new(Box::new(|_| None)));
+    let config = ClaimsConfig { heartbeat_seconds: 0.5, ..ClaimsConfig::default() };
+    let (membership, mut claims) =
+        Membership::join(&run, None, &facts, evidence, config).unwrap();
+    let launch = membership.launch();
+    let journal_dir = RunDir::journal_of(&run);
+    let mut journals = Journals::new(&journal_dir, RUN_KEY);
+    journals.refresh().unwrap();
+    let target = OutputTarget::File(folder.join("out.jsonl"));
+    let alone = claims.live_others(0.0).unwrap().is_empty()
+        && claims.claim("partial", 0.0).unwrap() == Standing::Mine;
+    let output = if alone {
+        let output = OrderedOutput::create(target, run_dir.path(), 1000).unwrap();
+        output.with_stored(journals.lines().unwrap())
+    } else {
+        OrderedOutput::create_for_merge(target, run_dir.path()).unwrap()
+    };
+    let config = FeedConfig { claim_records: 16, run_key: RUN_KEY.into(), retry: false };
+    let stored = Some(journals.lines().unwrap());
+    // The source lives as long as the test.
+    let mut sources = std::iter::repeat_with(source).take(100).collect::<Vec<_>>();
+    let open = Box::new(move || Ok(sources.pop().expect("few passes")));
+    let feed = Feed::new(config, open, claims, Box::new(journals), stored);
+    let parts = CoordinatorParts {
+        handout: Handout::new(HandoutConfig::for_workers(comm.size()), comm.size()),
+        feed,
+        membership,
+        estimate: Box::new(|_: &RawRecord| 1.0),
+        output,
+        read_stored: Box::new(move || {
+            let mut journals = Journals::new(&journal_dir, RUN_KEY);
+            journals.refresh()?;
+            journals.lines()
+        }),
+        no_wait: false,
+    };
+    (Coordinator::new(comm, parts), launch)
 }
 
 /// One launch on `ranks` ranks: rank 0's outcome, and what was worked on by all ranks.
@@ -72,45 +144,32 @@ fn launch(
     stop: Option<(usize, usize)>,
 ) -> (Result<Option<OutputCounts>>, Vec<u64>) {
     let run = folder.join("run");
-    let identity = RunIdentity {
-        command: "generate".into(),
-        prompts: json!("p"),
-        model: "m".into(),
-        adapter: None,
-        sampling: json!({}),
-    };
-    let this_launch = Launch {
-        farm_version: "0.1.0".into(),
-        kernel_tier: "scalar".into(),
-        slurm_job_id: None,
-        ranks,
-        host: "node1".into(),
-        started_unix_seconds: 1,
-    };
     let by_rank = LocalComm::run(ranks, |comm| {
         let rank = comm.rank();
-        let run_dir = (rank == 0)
-            .then(|| RunDir::open(&run, &identity, this_launch.clone(), ExistingRun::Resume));
-        let run_dir = run_dir.transpose().unwrap();
-        let stored = run_dir.as_ref().map(|run_dir| run_dir.stored().unwrap());
-        comm.barrier();
-        let mut part = PartWriter::open(&RunDir::parts_of(&run), rank).unwrap();
+        let joined = (rank == 0).then(|| join(folder, comm.clone(), &source));
+        let number = joined.as_ref().map_or(0, |(_, launch)| *launch);
+        let number = crate::comm::broadcast_vec(&*comm, 0, number.to_le_bytes().to_vec());
+        let header = JournalHeader {
+            run_key: RUN_KEY.into(),
+            launch: u32::from_le_bytes(number.try_into().unwrap()),
+            rank,
+            host: "node1".into(),
+            slurm_job_id: None,
+            started_unix_seconds: 1,
+        };
+        let mut journal =
+            JournalWriter::create(&RunDir::journal_of(&run), &header, SyncPolicy::default())
+                .unwrap();
         let stop_after = stop.filter(|stop| stop.0 == rank).map_or(usize::MAX, |stop| stop.1);
-        let (Some(run_dir), Some(stored)) = (run_dir, stored) else {
+        let Some((mut link, _)) = joined else {
             let mut link = RemoteLink::new(comm);
-            let done = work(&mut link, &mut part, stop_after);
+            let done = work(&mut link, &mut journal, stop_after);
             link.close().unwrap();
             return (None, done);
         };
-        let handout = Handout::new(HandoutConfig::for_workers(ranks), ranks, stored.indices());
-        let target = OutputTarget::File(folder.join("out.jsonl"));
-        let output = OrderedOutput::create(target, &run_dir.spill(), 1000).unwrap();
-        let output = output.with_stored(stored);
-        let cost = Box::new(|_: &RawRecord| 1.0);
-        let mut link = Coordinator::new(comm, handout, source(), cost, output);
-        let done = work(&mut link, &mut part, stop_after);
+        let done = work(&mut link, &mut journal, stop_after);
         let _ = link.close();
-        (Some(link.finish()), done)
+        (Some(link.finish(&|| false)), done)
     });
     let (outcomes, done): (Vec<_>, Vec<_>) = by_rank.into_iter().unzip();
     (outcomes.into_iter().flatten().next().expect("rank 0's"), done.concat())
@@ -183,4 +242,34 @@ fn a_failing_input_stops_every_rank_with_its_error() {
         || -> Source { Box::new(records(20).chain([Err(Error::fault("prompts.jsonl: gone"))])) };
     let error = launch(folder.path(), 3, source, None).0.unwrap_err();
     assert!(error.message.contains("gone"));
+}
+
+/// Jobs that start together, and one that comes late: every record is generated once, each
+/// of them says how the whole run ended, and the output is that of one job.
+#[test]
+fn several_launches_share_a_run() {
+    const COUNT: u64 = 3000;
+    let folder = tempfile::tempdir().unwrap();
+    let jobs: Vec<_> = std::thread::scope(|scope| {
+        let start = |ranks| {
+            let folder = folder.path();
+            scope.spawn(move || launch(folder, ranks, || slow_records(COUNT), None))
+        };
+        let mut jobs = vec![start(2), start(1), start(3)];
+        std::thread::sleep(Duration::from_millis(300));
+        jobs.push(start(2));
+        jobs.into_iter().map(|job| job.join().unwrap()).collect()
+    });
+    for (outcome, _) in &jobs {
+        let counts = OutputCounts { records: COUNT, errors: COUNT / 10 };
+        assert_eq!(outcome.clone().unwrap(), Some(counts));
+    }
+    let shares: Vec<usize> = jobs.iter().map(|(_, done)| done.len()).collect();
+    let all = jobs.into_iter().flat_map(|(_, done)| done).collect();
+    assert!(sorted(all).into_iter().eq(0..COUNT), "each record once");
+    assert!(shares[..3].iter().all(|&share| share > 0), "{shares:?}");
+    let expected: String = (0..COUNT).map(line).collect();
+    assert_eq!(output(folder.path()), expected);
+    let errors = std::fs::read_to_string(folder.path().join("run/errors.jsonl")).unwrap();
+    assert_eq!(errors.lines().count() as u64, COUNT / 10);
 }

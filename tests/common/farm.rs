@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use farm::ledger::{Journals, RunDir, RunFile};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -88,6 +89,20 @@ impl Farm {
         }
         let (out, run, stage) = (farm.out(), farm.run_dir(), farm.stage_dir());
         farm.flag("--output", &out).flag("--run-dir", &run).flag("--stage-dir", &stage)
+    }
+
+    /// farm itself, without a launcher.
+    pub fn plain(args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Command {
+        let mut command = without_launcher(Command::new(env!("CARGO_BIN_EXE_farm")));
+        command.args(args);
+        command
+    }
+
+    /// `farm retry` of this run, started alike.
+    pub fn retry(&self) -> Self {
+        let mut retry = Self { args: vec!["retry".into()], ..self.clone() };
+        retry.args.push(self.run_dir().into());
+        retry.launched(self.launch).flag("--stage-dir", self.stage_dir())
     }
 
     pub fn args(mut self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {
@@ -186,17 +201,19 @@ impl Farm {
         serde_json::from_slice(&text).expect("stats.json is JSON")
     }
 
-    /// The lines of all part files.
-    pub fn parts(&self) -> Vec<String> {
-        let files = fs::read_dir(self.run_dir().join("parts")).into_iter().flatten();
-        let text = |path: PathBuf| fs::read(path).unwrap_or_default();
-        files
-            .flat_map(|file| {
-                let text = text(file.expect("a part file").path());
-                let text = String::from_utf8_lossy(&text).into_owned();
-                text.lines().map(str::to_owned).collect::<Vec<_>>()
-            })
-            .collect()
+    /// What the journals hold now.
+    pub fn journals(&self) -> Journals {
+        let run_dir = self.run_dir();
+        let key = RunFile::read(&run_dir).ok().flatten().map(|run| run.identity.short_key());
+        let mut journals = Journals::new(&RunDir::journal_of(&run_dir), &key.unwrap_or_default());
+        // There is no folder before the run has begun.
+        let _ = journals.refresh();
+        journals
+    }
+
+    /// Records that are done.
+    pub fn done(&self) -> u64 {
+        self.journals().done().len()
     }
 
     /// All files below the stage directory, as paths relative to it.

@@ -1,12 +1,10 @@
 //! Runs that are killed, stopped, repeated and mixed up: no record is lost, none is
 //! generated twice, and the output is that of a run that nothing disturbed.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 
 use rustix::process::Signal;
-use serde_json::json;
 
 use crate::common::Ended;
 use crate::common::farm::{Farm, Launch, Scratch, golden};
@@ -31,8 +29,8 @@ fn long_run(scratch: &Scratch, name: &str, launch: Launch) -> Farm {
 #[track_caller]
 fn disturbed(farm: &Farm, signal: Option<Signal>) -> Option<Ended> {
     let mut running = farm.start();
-    let finished = farm.parts().len();
-    assert!(running.reaches(|| farm.parts().len() >= finished + 8), "it ended too early");
+    let finished = farm.done();
+    assert!(running.reaches(|| farm.done() >= finished + 8), "it ended too early");
     match signal {
         Some(signal) => {
             running.signal(signal);
@@ -45,17 +43,11 @@ fn disturbed(farm: &Farm, signal: Option<Signal>) -> Option<Ended> {
     }
 }
 
-/// The record that a line of a part file (`crc index flag json`) is about.
-fn index_of(line: &str) -> Option<usize> {
-    line.split(' ').nth(1)?.parse().ok()
-}
-
-/// Every record stands in the part files, once.
+/// Every record stands in the journals, once.
 #[track_caller]
 fn each_record_once(farm: &Farm) {
-    let parts = farm.parts();
-    let indices: BTreeSet<usize> = parts.iter().filter_map(|line| index_of(line)).collect();
-    assert_eq!((parts.len(), indices.len()), (RECORDS, RECORDS));
+    let journals = farm.journals();
+    assert_eq!((journals.done().len(), journals.duplicates()), (RECORDS as u64, 0));
 }
 
 fn is_complete(farm: &Farm) -> bool {
@@ -75,11 +67,11 @@ fn a_killed_run_goes_on_with_other_ranks_and_loses_nothing() {
         disturbed(&farm.clone().launched(launch), None);
         assert!(!is_complete(&farm));
     }
-    let finished = farm.parts().len();
+    let finished = farm.done();
     farm.ends_with(0);
     assert!(farm.output() == expected.output());
     let stats = farm.stats();
-    assert!(stats["records_resumed"].as_u64() >= Some(finished as u64 - launches.len() as u64));
+    assert!(stats["records_resumed"].as_u64() >= Some(finished));
     each_record_once(&farm);
     assert!(!farm.out().with_file_name("out.jsonl.partial").exists());
 }
@@ -114,17 +106,17 @@ fn a_signal_stops_the_run_and_the_same_command_completes_it() {
     }
 }
 
-/// A part file may end in the middle of a line: what the kernel had not yet written.
+/// A journal may end in the middle of a record: what the kernel had not yet written.
 #[test]
-fn a_torn_line_is_generated_again() {
+fn a_torn_record_is_generated_again() {
     let scratch = Scratch::new();
     let farm = long_run(&scratch, "run", Launch::Threads(2)).prompts(prompts(&scratch));
     farm.ends_with(0);
     let expected = farm.output();
-    let part = farm.run_dir().join("parts/rank-00000.jsonl");
-    let mut bytes = fs::read(&part).expect("a part file");
+    let journal = farm.run_dir().join("journal/00001-00000.farm");
+    let mut bytes = fs::read(&journal).expect("a journal");
     bytes.truncate(bytes.len() - 10);
-    fs::write(&part, bytes).expect("a shorter part file");
+    fs::write(&journal, bytes).expect("a shorter journal");
     fs::remove_file(farm.out()).expect("the output");
     farm.ends_with(0);
     assert!(farm.output() == expected);
@@ -140,15 +132,14 @@ fn a_complete_run_is_not_generated_again_but_written_again() {
         let farm = scratch.farm(&format!("{launch:?}"), launch, "generate");
         let farm = farm.model(golden("llama_gqa")).prompts(&file).args(["--max-new-tokens", "9"]);
         farm.ends_with(4);
-        let (expected, parts) = (farm.output(), farm.parts());
+        let (expected, stats) = (farm.output(), farm.stats());
         fs::write(farm.out(), "something else").expect("the output");
         // The failed record is still one.
-        farm.clone().args(["--resume"]).ends_with(4);
+        let ended = farm.clone().args(["--resume"]).ends_with(4);
+        assert!(ended.stderr.contains("all 2 records were done before"), "{}", ended.stderr);
         assert_eq!(farm.output(), expected, "{launch:?}");
-        assert_eq!(farm.parts(), parts, "{launch:?}");
-        let stats = farm.stats();
-        let figures = (&stats["records"], &stats["generated_tokens"], &stats["records_resumed"]);
-        assert_eq!(figures, (&json!(0), &json!(0), &json!(2)), "{launch:?}");
+        assert_eq!(farm.journals().duplicates(), 0, "{launch:?}");
+        assert_eq!(farm.stats(), stats, "the figures of the work stay");
     }
 }
 
@@ -182,21 +173,139 @@ fn another_run_in_the_same_directory_is_refused() {
     // --force-new sets the old run aside.
     let (sampled, _) = &others[2];
     sampled.clone().args(["--force-new"]).ends_with(0);
-    assert!(farm.run_dir().join("set-aside-1/parts").is_dir());
+    assert!(farm.run_dir().join("set-aside-1/journal").is_dir());
     assert_eq!(farm.stats()["records"], 1);
     sampled.ends_with(0);
     farm.ends_with(3);
 }
 
-/// Two jobs on one run directory: the second is told who has it.
+/// A saved text goes on where it was: the drain costs no token, and the end is the same.
 #[test]
-fn a_run_that_is_in_use_is_refused() {
+fn what_is_unfinished_at_a_signal_goes_on_from_its_tokens() {
     let scratch = Scratch::new();
-    let farm = long_run(&scratch, "run", Launch::Alone).prompts(prompts(&scratch));
-    let mut first = farm.start();
-    assert!(first.reaches(|| !farm.parts().is_empty()), "it ended too early");
-    let second = farm.ends_with(3);
-    assert!(second.stderr.contains("in use by process"), "{}", second.stderr);
-    first.wait().with_code(0);
+    let prompts = prompts(&scratch);
+    let sampled = ["--repetition-penalty", "1.2", "--logprobs", "2", "--return-token-ids"];
+    let run = |name: &str| long_run(&scratch, name, Launch::Alone).prompts(&prompts).args(sampled);
+    let (expected, farm) = (run("undisturbed"), run("disturbed"));
+    expected.ends_with(0);
+    let mut tokens = 0;
+    for _ in 0..3 {
+        disturbed(&farm, Some(Signal::USR1)).expect("an end").with_code(75);
+        assert!(farm.journals().saved_count() > 0);
+        tokens += farm.stats()["decode_tokens"].as_u64().expect("a count");
+    }
+    farm.ends_with(0);
+    assert!(farm.output() == expected.output());
+    tokens += farm.stats()["decode_tokens"].as_u64().expect("a count");
+    let whole = expected.stats()["decode_tokens"].as_u64().expect("a count");
+    assert!(tokens <= whole, "{tokens} tokens decoded, {whole} without the drains");
     each_record_once(&farm);
+}
+
+/// Equal prompts are records of their own, with draws of their own that a resume keeps.
+#[test]
+fn ten_equal_prompts_are_ten_records() {
+    let scratch = Scratch::new();
+    let file = scratch.file("prompts.txt", "The cat\n".repeat(10));
+    let run = |name: &str| {
+        let farm = scratch.farm(name, Launch::Alone, "generate").model(golden("llama_gqa"));
+        farm.prompts(&file).args(["--temperature", "0.8", "--max-new-tokens", "300"])
+    };
+    let (expected, farm) = (run("undisturbed"), run("disturbed").args(["--max-batch-size", "2"]));
+    expected.ends_with(0);
+    let records = expected.records();
+    let texts: std::collections::HashSet<_> = records.iter().map(|r| &r["text"]).collect();
+    assert_eq!(records.len(), 10);
+    assert!(texts.len() > 1, "ten times the same text");
+    let mut running = farm.start();
+    assert!(running.reaches(|| farm.done() >= 2), "it ended too early");
+    running.kill_all();
+    farm.ends_with(0);
+    assert!(farm.output() == expected.output());
+    assert_eq!((farm.journals().done().len(), farm.journals().duplicates()), (10, 0));
+}
+
+/// Two jobs on one run directory share its records; both say how it ended.
+#[test]
+fn jobs_on_one_run_share_its_records() {
+    let scratch = Scratch::new();
+    let prompts = prompts(&scratch);
+    let expected = long_run(&scratch, "undisturbed", Launch::Alone).prompts(&prompts);
+    expected.ends_with(0);
+    let farm = long_run(&scratch, "run", Launch::Alone).prompts(&prompts);
+    let mut first = farm.start();
+    assert!(first.reaches(|| farm.done() > 0), "it ended too early");
+    let status = Farm::plain(["status", "--json"]).arg(farm.run_dir()).output().expect("farm");
+    let status: serde_json::Value = serde_json::from_slice(&status.stdout).expect("JSON");
+    assert_eq!(status["working"].as_array().map(Vec::len), Some(1), "{status}");
+    let mut killed = farm.start();
+    let joined = || farm.run_dir().join("journal/00002-00000.farm").exists();
+    assert!(killed.reaches(joined), "the second job has no part in the run");
+    let third = farm.start();
+    killed.kill_all();
+    third.wait().with_code(0);
+    first.wait().with_code(0);
+    assert!(farm.output() == expected.output());
+    each_record_once(&farm);
+    let done = farm.journals();
+    let by_launch = [1, 3].map(|launch| done.finished_by(launch));
+    assert!(by_launch.iter().all(|&records| records > 0), "{by_launch:?}");
+    let status = Farm::plain(["status"]).arg(farm.run_dir()).output().expect("farm");
+    let status = String::from_utf8_lossy(&status.stdout).into_owned();
+    assert!(status.contains("120 of 120") && status.contains("complete"), "{status}");
+}
+
+/// A job that would only wait for others leaves where it is told to.
+#[test]
+fn no_wait_leaves_the_rest_to_the_others() {
+    let scratch = Scratch::new();
+    let file = scratch.file("prompts.txt", "The cat\nThe dog\n");
+    let farm = scratch.farm("run", Launch::Alone, "generate").model(golden("llama_gqa"));
+    let farm = farm.prompts(&file).args(["--ignore-eos", "--max-new-tokens", "500"]);
+    let mut first = farm.start();
+    let begun = || farm.run_dir().join("claims/block-00000000.0000").exists();
+    assert!(first.reaches(begun), "it ended too early");
+    let second = farm.clone().args(["--no-wait"]).ends_with(75);
+    assert!(second.stderr.contains("the same command goes on"), "{}", second.stderr);
+    first.wait().with_code(0);
+    assert_eq!(farm.records().len(), 2);
+}
+
+/// The end of the job's time is a signal that nobody has to send.
+#[test]
+fn a_time_limit_drains_the_run() {
+    let scratch = Scratch::new();
+    let farm = long_run(&scratch, "run", Launch::Threads(2)).prompts(prompts(&scratch));
+    let limited = farm.clone().args(["--time-limit", "2s"]);
+    let ended = limited.ends_with(75);
+    assert!(ended.stderr.contains("the same command goes on"), "{}", ended.stderr);
+    assert!(!is_complete(&farm) && farm.done() > 0);
+    farm.ends_with(0);
+    each_record_once(&farm);
+}
+
+/// The failed records again, and only those, with the run's own flags.
+#[test]
+fn retry_works_on_the_failed_records() {
+    let scratch = Scratch::new();
+    let model = scratch.model("llama_gqa");
+    let lines = "{\"prompt\":\"The cat\"}\nnot json\n{\"prompt\":\"The dog\"}\n";
+    let file = scratch.file("prompts.jsonl", lines);
+    for launch in Launch::all(&[2], &[2]) {
+        let name = format!("{launch:?}");
+        let farm = scratch.farm(&name, launch, "generate").model(&model).prompts(&file);
+        let farm = farm.args(["--max-new-tokens", "9", "--seed", "3"]);
+        farm.ends_with(4);
+        let expected = farm.output();
+        let errors = || fs::read_to_string(farm.run_dir().join("errors.jsonl")).expect("errors");
+        assert_eq!(errors().lines().count(), 1);
+        fs::remove_file(farm.out()).expect("the output");
+        farm.retry().ends_with(4);
+        assert_eq!(farm.stats()["records"], 1, "the bad line alone");
+        assert!(farm.output() == expected && errors().lines().count() == 1);
+        let journals = farm.journals();
+        assert_eq!((journals.done().len(), journals.duplicates(), journals.attempt(1)), (3, 0, 1));
+    }
+    let nothing = Farm::plain(["retry"]).arg(scratch.path("nothing")).output().expect("farm");
+    assert_eq!(nothing.status.code(), Some(3));
 }
