@@ -19,6 +19,7 @@ mod cost;
 mod crc32;
 mod handout;
 mod index_set;
+pub mod journal;
 mod link;
 mod outlook;
 mod output;
