@@ -1,9 +1,12 @@
 //! Whole files or none: what readers and later launches see is never half written.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::comm::host_name;
 use crate::{Error, Result};
 
 /// Writes `bytes` to `path` + `.partial`, waits until they are on the disk, and renames.
@@ -19,6 +22,39 @@ pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
     };
     write().map_err(|error| Error::io(partial, error))?;
     fs::rename(partial, path).map_err(|error| Error::io(path, error))
+}
+
+/// Creates `path` with `bytes` unless it exists; false if it does. Whole, also for readers:
+/// a hard link of a finished file, where the file system has hard links.
+///
+/// # Errors
+/// A fault that names the file.
+pub fn create_file(path: &Path, bytes: &[u8]) -> Result<bool> {
+    static COUNTER: AtomicU32 = AtomicU32::new(0);
+    let count = COUNTER.fetch_add(1, Ordering::Relaxed);
+    let suffix = format!("{}-{}-{count}.partial", host_name(), std::process::id());
+    let partial = with_suffix(path, &suffix);
+    let write = || {
+        let mut file = File::create(&partial)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    write().map_err(|error| Error::io(&partial, error))?;
+    let linked = fs::hard_link(&partial, path);
+    // A reply that NFS lost leaves two links and an error.
+    let is_ours = linked.is_ok() || fs::metadata(&partial).is_ok_and(|file| file.nlink() == 2);
+    let outcome = match linked {
+        _ if is_ours => Ok(true),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
+        // No hard links here.
+        _ => match File::create_new(path).and_then(|mut file| file.write_all(bytes)) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
+            Err(error) => Err(Error::io(path, error)),
+        },
+    };
+    let _ = fs::remove_file(&partial);
+    outcome
 }
 
 /// `path` with `.suffix` put after its whole name.

@@ -243,21 +243,21 @@ fn job_ref(rank: &Rank) -> Option<JobRef> {
 
 /// What this host and Slurm know about other launches.
 pub fn evidence() -> Box<dyn Evidence> {
-    Box::new(HostEvidence::new(Box::new(|job: &JobRef| {
+    Box::new(HostEvidence::new(|job: &JobRef| {
         slurm::query::step_has_ended(
             job.cluster.as_deref(),
             job.job_id,
             job.step_id,
             job.restart_count,
         )
-    })))
+    }))
 }
 
 fn warn_of_other_versions(claims: &mut Claims, launch: &ledger::Launch) -> Result<()> {
     let mut versions: Vec<String> = claims
-        .owners()?
+        .owners(0.0)?
         .into_iter()
-        .filter_map(|file| serde_json::from_value::<ledger::Launch>(file.owner.facts).ok())
+        .filter_map(|seen| serde_json::from_value::<ledger::Launch>(seen.file.owner.facts).ok())
         .map(|launch| launch.farm_version)
         .filter(|version| *version != launch.farm_version)
         .collect();
@@ -275,13 +275,11 @@ fn warn_of_other_versions(claims: &mut Claims, launch: &ledger::Launch) -> Resul
 /// Says what there is to go on from; the records that launches now gone had begun and
 /// neither finished nor saved: they are generated again.
 fn report_resume(claims: &mut Claims, journals: &Journals) -> Result<u64> {
-    let mut lost = 0;
-    for (launch, records) in journals.in_work() {
-        if launch != claims.launch() && claims.is_gone(launch, 0.0)? {
-            lost += records;
-        }
-    }
-    let (done, saved) = (journals.done().len(), journals.saved_count());
+    let owners = claims.owners(0.0)?.into_iter();
+    let live: Vec<LaunchId> =
+        owners.filter(|seen| seen.gone.is_none()).map(|seen| seen.file.launch).collect();
+    let lost = journals.lost_by(|launch| !live.contains(&launch));
+    let (done, saved) = (journals.done().len(), journals.saved_records());
     if done + saved + lost > 0 {
         tracing::info!(
             "going on with the run: {done} records are done, {saved} unfinished texts go on, \

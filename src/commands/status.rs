@@ -97,7 +97,7 @@ fn read(run_dir: &Path) -> Result<Status> {
         records_done,
         records_total,
         records_failed: journals.failed().len(),
-        records_saved: journals.saved_count(),
+        records_saved: journals.saved_records(),
         complete: look.merged_records == Some(records_done) && working.is_empty(),
         launches: look.launches,
         working,

@@ -277,6 +277,7 @@ impl Feed {
     /// # Errors
     /// The run directory cannot be written.
     pub fn give_back(&mut self, block: u64) -> Result<()> {
+        // Where it was lost, others have it: all the same.
         self.claims.release(&block_name(block))?;
         self.blocks.insert(block, Block::Others);
         self.shared = true;
@@ -330,9 +331,8 @@ impl Feed {
     fn claim(&mut self, block: u64, now_seconds: f64) -> Result<bool> {
         let name = block_name(block);
         let mine = self.claims.claim(&name, now_seconds)? == Standing::Mine;
-        if !mine {
-            self.shared = true;
-        } else if self.claims.generation(&name) > Some(0) {
+        self.shared |= !mine;
+        if mine && self.claims.generation(&name) > 1 {
             // Its former owner may have journalled since the last look.
             self.refresh()?;
         }

@@ -1,7 +1,7 @@
 //! A launch's place among those that work on a run: it registers, shows that it lives,
 //! and leaves.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -15,7 +15,8 @@ use crate::{Error, Result};
 
 /// A launch on a run, from its registration until it leaves.
 pub struct Membership {
-    launch: LaunchId,
+    run_dir: PathBuf,
+    file: OwnerFile,
     heartbeat: Option<Heartbeat>,
     progress: Arc<Mutex<OwnerProgress>>,
     /// The merge that this launch may have a part in: those before it are done.
@@ -37,22 +38,21 @@ impl Membership {
         evidence: Box<dyn Evidence>,
         config: ClaimsConfig,
     ) -> Result<(Self, Claims)> {
-        let folder = RunDir::claims_of(run_dir);
         let facts = serde_json::to_value(facts).map_err(Error::fault)?;
         let owner = Owner::this_process(job, facts);
         let late_seconds = config.heartbeat_timeout_seconds / 2.0;
         let heartbeat_seconds = config.heartbeat_seconds;
-        let store = Box::new(FsStore::new(&folder)?);
+        let store = Box::new(FsStore::new(run_dir)?);
         let mut claims = Claims::join(store, evidence, owner, config, 0.0)?;
-        let file = claims.owner_file().clone();
-        let heartbeat = Heartbeat::start(FsStore::new(&folder)?, file, heartbeat_seconds);
+        let file = claims.owner_file(&OwnerProgress::default());
+        let file = file.ok_or_else(|| Error::fault("a launch without an owner file"))?;
+        let heartbeat = Heartbeat::start(FsStore::new(run_dir)?, file.clone(), heartbeat_seconds);
         let progress = heartbeat.progress();
         let (merge, merged_records) = merges_done(&mut claims)?;
-        let launch = claims.launch();
-        let heartbeat = Some(heartbeat);
         let member = Self {
-            launch,
-            heartbeat,
+            run_dir: run_dir.to_owned(),
+            file,
+            heartbeat: Some(heartbeat),
             progress,
             merge,
             merged_records,
@@ -64,7 +64,7 @@ impl Membership {
 
     /// This launch's number.
     pub fn launch(&self) -> LaunchId {
-        self.launch
+        self.file.launch
     }
 
     /// The claim on writing the output.
@@ -107,7 +107,8 @@ impl Membership {
     /// Leaves: what this launch claimed and did not do is free at once.
     pub fn leave(&mut self, how: &str) {
         if let Some(heartbeat) = self.heartbeat.take()
-            && let Err(error) = heartbeat.leave(how)
+            && let Err(error) = FsStore::new(&self.run_dir)
+                .and_then(|store| heartbeat.leave(store, self.file.clone(), how))
         {
             tracing::warn!("{error}; other jobs will notice by themselves that this one has left");
         }
@@ -151,10 +152,10 @@ pub fn look(run_dir: &Path, evidence: Box<dyn Evidence>) -> Result<Look> {
     if !folder.is_dir() {
         return Ok(Look { live: Vec::new(), launches: 0, merged_records: None });
     }
-    let store = Box::new(FsStore::new(&folder)?);
-    let mut claims = Claims::observe(store, evidence, ClaimsConfig::default());
+    let store = Box::new(FsStore::view(run_dir)?);
+    let mut claims = Claims::view(store, evidence, ClaimsConfig::default())?;
     let (_, merged_records) = merges_done(&mut claims)?;
-    let launches = claims.owners()?.len() as u64;
+    let launches = claims.owners(0.0)?.len() as u64;
     Ok(Look { live: claims.live_others(0.0)?, launches, merged_records })
 }
 

@@ -57,7 +57,7 @@ pub struct OrderedOutput {
     early_bytes: usize,
     early_bytes_max: usize,
     spill: Spill,
-    stored: StoredLines,
+    stored: Option<StoredLines>,
     buffer: Vec<u8>,
 }
 
@@ -97,7 +97,7 @@ impl OrderedOutput {
             early_bytes: 0,
             early_bytes_max,
             spill: Spill { path: run_dir.join("spill"), file: None, end: 0, live: 0 },
-            stored: StoredLines::default(),
+            stored: None,
             buffer: Vec::new(),
         })
     }
@@ -122,7 +122,7 @@ impl OrderedOutput {
 
     /// With the finished records of earlier launches.
     pub fn with_stored(mut self, stored: StoredLines) -> Self {
-        self.stored = stored;
+        self.stored = Some(stored);
         self
     }
 
@@ -143,7 +143,7 @@ impl OrderedOutput {
             return;
         }
         self.early.clear();
-        self.stored = StoredLines::default();
+        self.stored = None;
         self.spill.remove();
         if self.file.is_some() {
             self.lines.take().into_iter().for_each(Lines::discard);
@@ -161,7 +161,7 @@ impl OrderedOutput {
             self.next = 0;
         }
         self.ordered = true;
-        self.stored = stored;
+        self.stored = Some(stored);
         self.finish(total)
     }
 
@@ -193,17 +193,16 @@ impl OrderedOutput {
     pub fn advance(&mut self, max_stored: usize) -> Result<bool> {
         for _ in 0..max_stored {
             self.write_early()?;
-            while self.stored.peek().is_some_and(|line| line.0 < self.next) {
-                self.stored.advance()?;
+            let Some(stored) = &mut self.stored else { return Ok(false) };
+            while stored.peek().is_some_and(|(index, ..)| index < self.next) {
+                stored.advance()?;
             }
-            let Some((index, _, is_error)) = self.stored.peek() else {
-                return Ok(false);
-            };
+            let Some((index, _, is_error)) = stored.peek() else { return Ok(false) };
             if index != self.next {
                 return Ok(false);
             }
             let mut line = std::mem::take(&mut self.buffer);
-            self.stored.read(&mut line)?;
+            stored.read(&mut line)?;
             self.write(&line, is_error)?;
             self.buffer = line;
         }

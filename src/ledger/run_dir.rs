@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::ledger::claims::{ClaimStore, FsStore};
+use crate::files::create_file;
 use crate::{Error, Result};
 
 /// Version of `run.json`'s form and of the directory's layout.
@@ -230,7 +230,7 @@ impl RunDir {
         let text = serde_json::to_vec_pretty(&new).map_err(Error::fault)?;
         // run.json first: a journal without it is taken for another run's. Of jobs that start
         // at the same time one writes it.
-        let is_first = FsStore::new(path)?.create("run.json", &text)?;
+        let is_first = create_file(&path.join("run.json"), &text)?;
         let run = if is_first { new.clone() } else { RunFile::read(path)?.unwrap_or(new.clone()) };
         run.check_same(path, &new.identity)?;
         fs::create_dir_all(&journal).map_err(refused)?;

@@ -96,7 +96,7 @@ fn join(
     };
     let file = RunFile::new(identity, 16, facts.clone(), Vec::new());
     let run_dir = RunDir::open(&run, file, ExistingRun::Resume).unwrap();
-    let evidence = Box::new(HostEvidence::new(Box::new(|_| None)));
+    let evidence = Box::new(HostEvidence::new(|_| None));
     let config = ClaimsConfig { heartbeat_seconds: 0.5, ..ClaimsConfig::default() };
     let (membership, mut claims) =
         Membership::join(&run, None, &facts, evidence, config).unwrap();

@@ -62,7 +62,7 @@ pub type LaunchId = u32;
 const FORMAT: u16 = 1;
 
 /// Who writes a journal file, and for which run.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JournalHeader {
     /// Key of the run: a file with another is not read.
     pub run_key: String,

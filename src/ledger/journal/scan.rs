@@ -238,6 +238,17 @@ impl Journals {
         in_work
     }
 
+    /// Records that one of these launches started, that are neither done nor saved: what their
+    /// end cost.
+    pub fn lost_by(&self, is_gone: impl Fn(LaunchId) -> bool) -> u64 {
+        let gone = self.files.iter().filter(|journal| is_gone(journal.name.0));
+        let started = gone.flat_map(|journal| journal.started.iter().map(|&(index, _)| index));
+        let lost = started.filter(|index| {
+            !self.done().contains(*index) && !self.saved.contains_key(index)
+        });
+        lost.collect::<BTreeSet<u64>>().len() as u64
+    }
+
     /// By launch, what it journalled.
     pub fn launches(&self) -> BTreeMap<LaunchId, LaunchCounts> {
         let mut launches = BTreeMap::<LaunchId, LaunchCounts>::new();
