@@ -118,7 +118,7 @@ impl Worker<'_> {
         };
         let mut done = Vec::new();
         for raw in link.poll(&load, self.start.elapsed().as_secs_f64()) {
-            match self.records.start(raw) {
+            match self.records.start(raw, None) {
                 Ok(requests) => requests.into_iter().for_each(|r| self.engine.add(r)),
                 Err(failed) => done.push(*failed),
             }

@@ -27,6 +27,7 @@ pub mod protocol;
 pub mod record;
 mod run_dir;
 mod run_lock;
+pub mod saved;
 #[cfg(test)]
 mod simulation;
 #[cfg(test)]
@@ -40,6 +41,7 @@ pub use link::{LinkState, RemoteLink, RunProgress, WorkerLink};
 pub use output::{OrderedOutput, OutputCounts, OutputTarget};
 pub use parts::{PartWriter, RecordSink};
 pub use run_dir::{ExistingRun, Launch, RunDir, RunIdentity, default_path};
+pub use saved::SavedRecord;
 
 /// A record that needs no more work: its output line, and what it cost.
 #[derive(Debug, Clone, PartialEq)]
