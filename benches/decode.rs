@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use farm::comm::NoTensorComm;
-use farm::engine::{Engine, EngineConfig, EngineRequest, Mode, SamplingParams, TokenDecoder};
+use farm::engine::{Engine, EngineConfig, EngineRequest, Generated};
+use farm::engine::{Mode, SamplingParams, TokenDecoder};
 use farm::model::{LoadOptions, ModelConfig, ModelRunner};
 
 const PROMPT: usize = 128;
@@ -78,6 +79,7 @@ fn run(engine: &mut Engine<ModelRunner>, batch: usize) -> (f64, f64) {
             prompt_token_ids: (0..PROMPT)
                 .map(|i| ((i + s * 31) * 7919 % 31_000 + 10) as u32)
                 .collect(),
+            generated: Generated::default(),
             params: SamplingParams {
                 max_new_tokens: NEW,
                 ignore_eos: true,

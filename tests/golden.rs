@@ -5,7 +5,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use farm::comm::{HostTensorComm, LocalComm, TensorComm};
+use farm::comm::{HostTensorComm, LocalComm, NoTensorComm, TensorComm};
+use farm::engine::{Engine, EngineConfig, EngineOutput, EngineRequest, Generated, Mode};
+use farm::engine::{SamplingParams, TokenDecoder};
 use farm::model::{BatchSequence, LoadOptions, LogitsWanted, ModelConfig, ModelRunner};
 use farm::model::{Runner, StepBatch};
 use serde::Deserialize;
@@ -164,6 +166,81 @@ fn chunked_prefill_gives_the_same_bits() {
                 assert_eq!(last, whole, "{} in chunks of {chunk}", dir.display());
             }
         });
+    }
+}
+
+struct NoText;
+
+impl TokenDecoder for NoText {
+    fn decode(&self, _ids: &[u32]) -> String {
+        String::new()
+    }
+}
+
+/// Runs `requests` in a newly loaded engine; after `steps` steps they are taken out
+/// and go on in another.
+fn run_cut(dir: &Path, mut requests: Vec<EngineRequest>, steps: usize) -> Vec<EngineOutput> {
+    let config = ModelConfig::from_dir(dir).unwrap();
+    let new_engine = || {
+        let options = LoadOptions { dtype: None, max_seq_len: 512, num_blocks: 64 };
+        let comm = Arc::new(NoTensorComm);
+        let runner = ModelRunner::load(dir, &config, &options, comm).unwrap();
+        Engine::new(runner, Arc::new(NoText), EngineConfig::default()).unwrap()
+    };
+    let mut first = new_engine();
+    requests.iter().for_each(|request| first.add(request.clone()));
+    for _ in 0..steps {
+        assert!(first.step().unwrap().finished.is_empty());
+    }
+    for (request, unfinished) in requests.iter_mut().zip(first.take_unfinished()) {
+        assert_eq!((request.key, steps), (unfinished.key, unfinished.generated.token_ids.len()));
+        request.generated = unfinished.generated;
+    }
+    let mut second = new_engine();
+    requests.into_iter().for_each(|request| second.add(request));
+    let mut outputs = Vec::new();
+    while second.has_work() {
+        outputs.extend(second.step().unwrap().finished);
+    }
+    outputs
+}
+
+/// A generation that is cut and prefilled with its own tokens goes on with the same
+/// bits, greedy and sampled, whatever the architecture: dynamic RoPE too, which
+/// depends on where the prompt ended.
+#[test]
+fn a_continued_generation_gives_the_same_tokens_and_bits() {
+    for dir in cases() {
+        let golden = golden(&dir);
+        let prompt = golden.prompts.iter().max_by_key(|p| p.prompt_token_ids.len()).unwrap();
+        let request = |(key, temperature)| EngineRequest {
+            key,
+            record_index: 5,
+            completion: 0,
+            prompt_token_ids: prompt.prompt_token_ids.clone(),
+            generated: Generated::default(),
+            params: SamplingParams {
+                max_new_tokens: 20,
+                ignore_eos: true,
+                temperature,
+                logprobs: Some(3),
+                ..SamplingParams::default()
+            },
+            mode: Mode::Generate,
+        };
+        let requests: Vec<EngineRequest> = [(0, 0.0), (1, 0.8)].map(request).into();
+        let whole = run_cut(&dir, requests.clone(), 0);
+        assert_ne!(whole[0].token_ids, whole[1].token_ids, "{}", dir.display());
+        let bits = |outputs: &[EngineOutput]| -> Vec<u32> {
+            let entries = outputs.iter().flat_map(|output| output.logprobs.iter().flatten());
+            let values = entries.flat_map(|e| e.top.iter().map(|t| t.1).chain([e.logprob]));
+            values.map(f32::to_bits).collect()
+        };
+        for steps in [1, 9, 19] {
+            let cut = run_cut(&dir, requests.clone(), steps);
+            assert_eq!(cut, whole, "{} cut after {steps} tokens", dir.display());
+            assert_eq!(bits(&cut), bits(&whole), "{}", dir.display());
+        }
     }
 }
 

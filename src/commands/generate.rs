@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::cli::{self, GenerateArgs, ScoreArgs};
 use crate::comm::{Communicator, Topology, agree, broadcast_vec};
-use crate::commands::deadline::Deadline;
+use crate::commands::deadline::{Deadline, Measured};
 use crate::commands::launch::Rank;
 use crate::commands::load::{Decoder, Loaded, load};
 use crate::commands::plan::{RunOwner, RunPlan, Session, now_unix_seconds, plan};
@@ -158,14 +158,14 @@ impl Job {
         events.emit(start.elapsed(), events::START, json!({ "ranks": world.size() }));
 
         let topology = Topology::new(rank.world.clone(), self.parallelism.tensor_parallel)?;
-        let (plan, mut owner) = self.plan_together(rank)?;
+        let (plan, mut owner) = self.plan_together(rank, start)?;
         let attached = owner.as_ref().map_or(Ok(()), |_| events.attach(&plan.run_dir));
         agree(world, attached)?;
         phases.start_seconds = start.elapsed().as_secs_f64();
         if plan.finished {
             return write_again(world, owner);
         }
-        let deadline = Deadline::new(self.run.time_limit, &rank.job, start);
+        let deadline = Deadline::new(plan.end_seconds.map(Duration::from_secs_f64), None, 0.0);
 
         let staged = self.stage(&topology, &mut events, start)?;
         phases.stage_seconds = start.elapsed().as_secs_f64() - phases.start_seconds;
@@ -200,10 +200,14 @@ impl Job {
 
     /// Rank 0 plans; all get the plan or the error, which is no matter of rank 0: its
     /// message stays without it.
-    fn plan_together(&self, rank: &Rank) -> Result<(RunPlan, Option<RunOwner>)> {
+    fn plan_together(
+        &self,
+        rank: &Rank,
+        start: Instant,
+    ) -> Result<(RunPlan, Option<RunOwner>)> {
         let world = &*rank.world;
         let planned = match world.rank() {
-            0 => plan(self, rank).map(Some),
+            0 => plan(self, rank, start).map(Some),
             _ => Ok(None),
         };
         let (plan, owner) = match planned {
@@ -241,7 +245,7 @@ impl Job {
 
 /// Every record was done before: only the output is written again, from the journals.
 fn write_again(world: &dyn Communicator, owner: Option<RunOwner>) -> Result<i32> {
-    let write = |mut session: Session| {
+    let write = |mut session: Session| -> Result<OutputCounts> {
         let total = session.journals.done().len();
         let written = session.output.merge(session.journals.lines()?, total);
         session.membership.leave(if written.is_ok() { "complete" } else { "failed" });
@@ -363,7 +367,7 @@ impl Run<'_> {
                     progress: None,
                     stop: self.stop,
                     deadline: self.deadline,
-                    longest_step_seconds: 0.0,
+                    measured: Measured::default(),
                     start: self.start,
                 };
                 self.lead(worker, leaders.clone(), coordinator)
@@ -409,12 +413,16 @@ impl Run<'_> {
         let closed = coordinator.close();
         let progress = coordinator.progress().unwrap_or_default();
         let records_resumed = coordinator.records_resumed();
-        let written = coordinator.finish(&|| self.stop.is_set() || self.deadline.is_near());
+        let written = coordinator.finish(&|| self.stop.is_set() || self.time_is_up());
         worked.and(closed).and(written).map(|written| Ended {
             written,
             records_total: progress.records_total,
             records_resumed,
         })
+    }
+
+    fn time_is_up(&self) -> bool {
+        self.deadline.should_drain(self.start.elapsed().as_secs_f64(), &Measured::default())
     }
 
     fn run_info(&self) -> RunInfo {

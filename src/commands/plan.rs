@@ -3,12 +3,13 @@
 //! directory. The other ranks get the decisions as a [`RunPlan`].
 
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::cli::{self, GenerationConfigSource};
+use crate::commands::deadline::{Deadline, job_seconds_left};
 use crate::commands::generate::Job;
 use crate::commands::launch::Rank;
 use crate::engine::{Mode, SamplingParams};
@@ -48,6 +49,8 @@ pub struct RunPlan {
     pub launch: LaunchId,
     /// Whether every record is done already.
     pub finished: bool,
+    /// When the job's time ends, in seconds since this launch's start.
+    pub end_seconds: Option<f64>,
 }
 
 /// What rank 0 alone holds of the run.
@@ -170,7 +173,10 @@ pub fn check(job: &Job) -> Result<Checked> {
 /// # Errors
 /// Input and usage errors that name the file, the flag or the difference to the run
 /// that the directory holds.
-pub fn plan(job: &Job, rank: &Rank) -> Result<(RunPlan, RunOwner)> {
+pub fn plan(job: &Job, rank: &Rank, start: Instant) -> Result<(RunPlan, RunOwner)> {
+    let job_seconds_left = job_seconds_left(&rank.job);
+    let now_seconds = start.elapsed().as_secs_f64();
+    let deadline = Deadline::new(job.run.time_limit, job_seconds_left, now_seconds);
     let mut checked = check(job)?;
     let launch = ledger::Launch {
         farm_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -193,6 +199,7 @@ pub fn plan(job: &Job, rank: &Rank) -> Result<(RunPlan, RunOwner)> {
         model_name: checked.model_name,
         launch: session.membership.launch(),
         finished: is_finished(job, &session),
+        end_seconds: deadline.end_seconds(),
     };
     let session = Some(session);
     Ok((plan, RunOwner { run, prompts: checked.prompts, session, records_lost }))

@@ -1,16 +1,18 @@
 //! Between records and the engine's sequences: a record with `n` completions is `n`
-//! sequences, and its line is written when all have ended.
+//! sequences, and its line is written when all have ended. At a drain, what its
+//! sequences have generated is saved, and a later launch starts it from there.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::engine::{self, EngineOutput, EngineRequest, Mode};
+use crate::engine::{self, EngineOutput, EngineRequest, Generated, Mode, Unfinished};
 use crate::ledger::record::{self, Completion, RunInfo, Score, TokenLogprob, TopLogprob};
-use crate::ledger::{Finished, token_cost};
+use crate::ledger::{Finished, SavedRecord, saved, token_cost};
 use crate::model::tokenizer::Tokenizer;
 use crate::prompts::{ErrorCode, Prepared, Preparer, RawRecord, RecordError};
 
 /// A finished record, with what the counters want to know.
+#[derive(Debug)]
 pub struct Done {
     /// For the part file and rank 0.
     pub finished: Finished,
@@ -47,17 +49,28 @@ impl Records {
     }
 
     /// Prepares a record: its sequences for the engine, or at once its error line.
-    pub fn start(&mut self, raw: RawRecord) -> Result<Vec<EngineRequest>, Box<Done>> {
+    /// `saved` are the bytes that [`Records::unfinished`] gave for it in an earlier
+    /// launch; of no use, they are passed over and the record begins anew.
+    pub fn start(
+        &mut self,
+        raw: RawRecord,
+        saved: Option<&[u8]>,
+    ) -> Result<Vec<EngineRequest>, Box<Done>> {
         let prepared = match self.preparer.prepare(&raw) {
             Ok(prepared) => prepared,
             Err(error) => return Err(Box::new(self.failed(raw.index, &error, 0, 0))),
         };
         let n = if self.mode == Mode::Score { 1 } else { prepared.request.params.n };
+        let mut generated = saved
+            .and_then(|bytes| saved::decode(bytes, &prepared.prompt_token_ids))
+            .unwrap_or_default()
+            .into_iter();
         let request = |completion: u32| EngineRequest {
             key: key(raw.index, completion),
             record_index: raw.index,
             completion,
             prompt_token_ids: prepared.prompt_token_ids.clone(),
+            generated: generated.next().unwrap_or_default(),
             params: prepared.request.params.clone(),
             mode: self.mode,
         };
@@ -115,6 +128,30 @@ impl Records {
         })
     }
 
+    /// Ends the work on all records: the bytes of those of which something has been
+    /// generated, by index. `unfinished` is what the engine gave back.
+    pub fn unfinished(&mut self, unfinished: Vec<Unfinished>) -> Vec<SavedRecord> {
+        let mut running: HashMap<u64, Generated> =
+            unfinished.into_iter().map(|sequence| (sequence.key, sequence.generated)).collect();
+        let mut records = Vec::new();
+        for (index, Open { prepared, outputs, .. }) in self.open.drain() {
+            let completions: Vec<Generated> = (0..)
+                .zip(outputs)
+                .map(|(completion, output)| match output {
+                    // Replayed, its tokens end where they did.
+                    Some(output) => output.into(),
+                    None => running.remove(&key(index, completion)).unwrap_or_default(),
+                })
+                .collect();
+            if completions.iter().any(|generated| !generated.token_ids.is_empty()) {
+                let bytes = saved::encode(&prepared.prompt_token_ids, &completions);
+                records.push(SavedRecord { index, bytes });
+            }
+        }
+        records.sort_unstable_by_key(|record| record.index);
+        records
+    }
+
     fn failed(
         &self,
         index: u64,
@@ -167,3 +204,7 @@ fn completion_of(output: EngineOutput, tokenizer: &Arc<Tokenizer>) -> Completion
         logprobs,
     }
 }
+
+#[cfg(test)]
+#[path = "records_tests.rs"]
+mod tests;

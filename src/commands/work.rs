@@ -82,8 +82,8 @@ pub struct Worker<'a> {
     pub stop: &'a StopSignal,
     /// When the job ends.
     pub deadline: &'a Deadline,
-    /// Seconds of the longest step so far.
-    pub longest_step_seconds: f64,
+    /// What steps and syncs took so far.
+    pub measured: Measured,
     /// The job's start.
     pub start: Instant,
 }
@@ -123,14 +123,12 @@ impl Worker<'_> {
             && (self.engine.has_work() || link.state() == LinkState::Open || link.others_working())
     }
 
-    fn asked_to_stop(&self) -> Option<&'static str> {
-        let measured = Measured {
-            longest_step_seconds: self.longest_step_seconds,
-            longest_sync_seconds: self.journal.longest_sync_seconds(),
-        };
+    fn asked_to_stop(&mut self) -> Option<&'static str> {
+        self.measured.longest_sync_seconds = self.journal.longest_sync_seconds();
+        let now_seconds = self.start.elapsed().as_secs_f64();
         if self.stop.is_set() {
             Some("a signal asks to stop")
-        } else if self.deadline.should_drain(&measured) {
+        } else if self.deadline.should_drain(now_seconds, &self.measured) {
             Some("the job's time is nearly up")
         } else {
             None
@@ -181,7 +179,7 @@ impl Worker<'_> {
         let preemptions = self.engine.counters().preemptions;
         let began = Instant::now();
         let outcome = self.engine.step()?;
-        self.longest_step_seconds = self.longest_step_seconds.max(began.elapsed().as_secs_f64());
+        self.measured.step(began.elapsed());
         if let Some(work) = self.engine.runner_mut().last.take() {
             self.meter.step(&work, began.elapsed(), self.start.elapsed());
         }

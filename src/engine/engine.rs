@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::block_manager::BlockManager;
 use super::detokenizer::TokenDecoder;
-use super::output::{EngineOutput, EngineRequest};
+use super::output::{EngineOutput, EngineRequest, Unfinished};
 use super::sampler::{RowResult, RowTask, Sampler};
 use super::scheduler::{Scheduler, SchedulerConfig, StepPlan};
 use super::sequence::Sequence;
@@ -64,7 +64,7 @@ pub struct StepOutcome {
     pub decode_tokens: usize,
     /// Sequences in the step; 0 where the model did not run.
     pub batch_size: usize,
-    /// Sequences that got their first new token.
+    /// Sequences that got their first new token from this engine.
     pub first_tokens: usize,
 }
 
@@ -117,12 +117,14 @@ impl<R: Runner> Engine<R> {
     }
 
     /// Takes a request. One that cannot run (its prompt is empty, too long, or
-    /// of another vocabulary) comes back with an error from the next step.
+    /// of another vocabulary) comes back with an error from the next step; one
+    /// whose earlier tokens end it already, with its output.
     pub fn add(&mut self, request: EngineRequest) {
-        let sequence = Sequence::new(request, self.max_seq_len, self.runner.vocab_size());
+        let (eos, decoder) = (&self.eos_token_ids, &*self.decoder);
+        let vocab_size = self.runner.vocab_size();
+        let sequence = Sequence::new(request, self.max_seq_len, vocab_size, eos, decoder);
         if sequence.finish_reason().is_some() {
-            let output = sequence.into_output(&self.eos_token_ids, &*self.decoder);
-            self.ready.push(output);
+            self.ready.push(sequence.into_output(eos, decoder));
         } else {
             self.scheduler.add(sequence);
         }
@@ -212,13 +214,22 @@ impl<R: Runner> Engine<R> {
             match result {
                 Ok(RowResult::Token(token, logprob)) => {
                     sequence.push_token(token, logprob, eos_token_ids, &**decoder);
-                    first_tokens += usize::from(sequence.output_token_ids().len() == 1);
+                    first_tokens += usize::from(sequence.num_new_tokens() == 1);
                 }
                 Ok(RowResult::Score(logprob)) => sequence.push_score(logprob),
                 Err(error) => sequence.fail(error.to_string()),
             }
         }
         first_tokens
+    }
+
+    /// Takes everything out, as it is after the last step, to be continued by
+    /// another engine: first what had ended and was not handed over yet, then the
+    /// others in order of arrival. All KV blocks are free then.
+    pub fn take_unfinished(&mut self) -> Vec<Unfinished> {
+        let ready = self.ready.drain(..);
+        let ready = ready.map(|output| Unfinished { key: output.key, generated: output.into() });
+        ready.chain(self.scheduler.take_all().map(Sequence::into_unfinished)).collect()
     }
 
     /// Whether a step has anything to do or to hand over.

@@ -8,8 +8,10 @@
 //! [`detokenizer`] find where a text ends.
 //!
 //! What a record yields depends on the record alone, never on what shares its
-//! batch, how its prefill was chunked or whether it was preempted. Prefix
-//! sharing between sequences is deliberately left out.
+//! batch, how its prefill was chunked or whether it was preempted. So what an
+//! engine leaves unfinished ([`Engine::take_unfinished`]) another goes on with, as
+//! if it had been preempted: its tokens are all the state there is. Prefix sharing
+//! between sequences is deliberately left out.
 
 pub mod block_manager;
 pub mod choose;
@@ -32,5 +34,7 @@ mod tests;
 
 pub use detokenizer::TokenDecoder;
 pub use engine::{Engine, EngineConfig, EngineCounters, StepOutcome};
-pub use output::{EngineOutput, EngineRequest, FinishReason, Mode, Score, TokenLogprob};
+pub use output::{
+    EngineOutput, EngineRequest, FinishReason, Generated, Mode, Score, TokenLogprob, Unfinished,
+};
 pub use sampling_params::SamplingParams;

@@ -2,6 +2,46 @@
 
 use super::SamplingParams;
 
+/// What a sequence has generated so far, kept by one engine for another to go on from.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Generated {
+    /// The tokens after the prompt.
+    pub token_ids: Vec<u32>,
+    /// One entry per token where `SamplingParams::logprobs` asked, else none.
+    pub logprobs: Vec<TokenLogprob>,
+}
+
+impl Generated {
+    /// Whether a model of `vocab_size` tokens, sampled as `params` say, can have
+    /// given this.
+    pub fn fits(&self, params: &SamplingParams, vocab_size: usize) -> bool {
+        let in_vocabulary = |id: &u32| (*id as usize) < vocab_size;
+        let logprobs_fit = match params.logprobs {
+            None => self.logprobs.is_empty(),
+            Some(num_top) => {
+                let num_top = num_top.min(vocab_size);
+                let entry_fits = |(id, entry): (&u32, &TokenLogprob)| {
+                    entry.token == *id
+                        && entry.top.len() == num_top
+                        && entry.top.iter().all(|(id, _)| in_vocabulary(id))
+                };
+                self.logprobs.len() == self.token_ids.len()
+                    && self.token_ids.iter().zip(&self.logprobs).all(entry_fits)
+            }
+        };
+        logprobs_fit && self.token_ids.iter().all(in_vocabulary)
+    }
+}
+
+/// A sequence that was taken out of an engine before its output was handed over.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Unfinished {
+    /// The request's handle.
+    pub key: u64,
+    /// What it has generated, for [`EngineRequest::generated`]; nothing for scoring.
+    pub generated: Generated,
+}
+
 /// What to do with a prompt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Mode {
@@ -23,6 +63,10 @@ pub struct EngineRequest {
     pub completion: u32,
     /// The prompt.
     pub prompt_token_ids: Vec<u32>,
+    /// What an earlier engine generated after it ([`super::Engine::take_unfinished`]).
+    /// What cannot come from this prompt, model and `params` is dropped, and
+    /// generated anew.
+    pub generated: Generated,
     /// How to sample; unused for scoring.
     pub params: SamplingParams,
     /// Generate or score.
@@ -80,4 +124,11 @@ pub struct EngineOutput {
     pub score: Option<Score>,
     /// Number of prompt tokens.
     pub prompt_tokens: usize,
+}
+
+impl From<EngineOutput> for Generated {
+    fn from(output: EngineOutput) -> Self {
+        let EngineOutput { token_ids, logprobs, .. } = output;
+        Self { token_ids, logprobs: logprobs.unwrap_or_default() }
+    }
 }

@@ -98,7 +98,8 @@ fn run_one(
 
 #[cfg(test)]
 mod tests {
-    use super::super::{EngineRequest, Mode, SamplingParams};
+    use super::super::detokenizer::tests::ByteDecoder;
+    use super::super::{EngineRequest, Generated, Mode, SamplingParams};
     use super::*;
 
     /// A batch large enough for the threads gives what each row gives alone.
@@ -119,10 +120,11 @@ mod tests {
                     record_index: i,
                     completion: 0,
                     prompt_token_ids: vec![1],
+                    generated: Generated::default(),
                     params,
                     mode: Mode::Generate,
                 };
-                Sequence::new(request, 64, vocab_size)
+                Sequence::new(request, 64, vocab_size, &[0], &ByteDecoder)
             })
             .collect();
         let data = (0..32 * vocab_size).map(|i| (i * 7919 % 1009) as f32 * 0.01).collect();

@@ -225,6 +225,13 @@ impl Scheduler {
         }
     }
 
+    /// Frees all blocks and hands all sequences over, in order of arrival.
+    pub fn take_all(&mut self) -> impl Iterator<Item = Sequence> + '_ {
+        let Self { blocks, running, waiting, .. } = self;
+        running.iter_mut().for_each(|sequence| blocks.release(sequence.block_table_mut()));
+        running.drain(..).chain(waiting.drain(..))
+    }
+
     /// Frees the blocks of the finished sequences and hands these over.
     pub fn take_finished(&mut self) -> impl Iterator<Item = Sequence> + '_ {
         let blocks = &mut self.blocks;

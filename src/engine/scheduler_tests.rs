@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::super::detokenizer::tests::ByteDecoder;
-use super::super::{EngineRequest, Mode, SamplingParams};
+use super::super::{EngineRequest, Generated, Mode, SamplingParams};
 use super::*;
 
 const BLOCK_SIZE: usize = 4;
@@ -12,10 +12,11 @@ fn sequence(key: u64, prompt: usize, max_new_tokens: usize, mode: Mode) -> Seque
         record_index: key,
         completion: 0,
         prompt_token_ids: vec![key as u32; prompt],
+        generated: Generated::default(),
         params: SamplingParams { max_new_tokens, ..Default::default() },
         mode,
     };
-    Sequence::new(request, usize::MAX, 256)
+    Sequence::new(request, usize::MAX, 256, &[], &ByteDecoder)
 }
 
 fn scheduler(num_blocks: usize, max_batch_size: usize, max_batched_tokens: usize) -> Scheduler {
@@ -99,6 +100,22 @@ fn scored_rows_are_bounded_and_the_last_token_is_not_computed() {
     assert_eq!(rows(&plan), [(3, 2)]);
     assert_eq!(play(&mut scheduler, &plan), [0]);
     assert_eq!(scheduler.blocks().num_free(), 100);
+}
+
+#[test]
+fn taking_all_frees_every_block_and_keeps_the_order_of_arrival() {
+    let mut scheduler = scheduler(6, 3, 8);
+    let mut plan = StepPlan::default();
+    (0..5).for_each(|key| scheduler.add(sequence(key, 3, 8, Mode::Generate)));
+    for _ in 0..5 {
+        scheduler.schedule(&mut plan);
+        play(&mut scheduler, &plan);
+    }
+    assert!(scheduler.running().len() > 1 && !scheduler.waiting().is_empty());
+    let all: Vec<_> = scheduler.take_all().map(Sequence::into_unfinished).collect();
+    assert_eq!(all.iter().map(|s| s.key).collect::<Vec<_>>(), [0, 1, 2, 3, 4]);
+    assert_eq!(all[0].generated.token_ids.len(), 5);
+    assert_eq!((scheduler.has_work(), scheduler.blocks().num_free()), (false, 6));
 }
 
 proptest! {

@@ -57,6 +57,7 @@ fn request(key: u64, prompt: &[u32], params: SamplingParams) -> EngineRequest {
         record_index: key,
         completion: 0,
         prompt_token_ids: prompt.to_vec(),
+        generated: Generated::default(),
         params,
         mode: Mode::Generate,
     }
@@ -175,6 +176,7 @@ fn any_request() -> impl Strategy<Value = EngineRequest> {
             record_index: 0,
             completion,
             prompt_token_ids,
+            generated: Generated::default(),
             params,
             mode: if score { Mode::Score } else { Mode::Generate },
         },
@@ -352,3 +354,6 @@ fn a_model_without_a_cache_is_refused() {
     let error = Engine::new(runner, Arc::new(PieceDecoder), config).err().unwrap();
     assert!(error.message.contains("0 KV blocks"));
 }
+
+#[path = "resume_tests.rs"]
+mod resume;

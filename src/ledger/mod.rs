@@ -45,6 +45,7 @@ pub use membership::Membership;
 pub use output::{OrderedOutput, OutputCounts, OutputTarget};
 pub use protocol::record_key;
 pub use run_dir::{ExistingRun, Launch, RunDir, RunFile, RunIdentity, default_path};
+pub use saved::SavedRecord;
 
 /// A record that needs no more work: its output line, and what it cost.
 #[derive(Debug, Clone, PartialEq)]
