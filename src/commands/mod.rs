@@ -13,6 +13,7 @@ pub mod records;
 pub mod report;
 pub mod signals;
 pub mod stage;
+pub mod submit;
 pub mod summary;
 pub mod work;
 
@@ -43,12 +44,15 @@ pub fn run(cli: &Cli) -> i32 {
         Command::Stage(args) => {
             launch::on_ranks(&Start::plain(&args.log), |rank| stage::run(args, rank))
         }
-        Command::Report(args) => {
-            let outcome = report::run(args).map(|()| 0);
-            outcome.inspect_err(|error| say(format_args!("farm: error: {error}")))
-        }
+        Command::Submit(args) => without_ranks(submit::run(args, &cli.given)),
+        Command::Report(args) => without_ranks(report::run(args)),
     };
     outcome.unwrap_or_else(exit_code)
+}
+
+/// The exit code of a command that is one process; prints its error.
+fn without_ranks(outcome: Result<()>) -> Result<i32> {
+    outcome.map(|()| 0).inspect_err(|error| say(format_args!("farm: error: {error}")))
 }
 
 /// Writes `text` to standard output.

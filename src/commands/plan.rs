@@ -79,7 +79,7 @@ impl PromptsSource {
     }
 
     /// The format, by the flag or found out: both ways it is the same run.
-    fn format(&self) -> Result<PromptFormat> {
+    pub(crate) fn format(&self) -> Result<PromptFormat> {
         Ok(self.open()?.format())
     }
 }
@@ -139,7 +139,7 @@ pub fn plan(job: &Job, rank: &Rank) -> Result<(RunPlan, RunOwner)> {
 }
 
 /// Reads what a load would stumble over: configuration, headers, tokenizer.
-fn check_model(job: &Job) -> Result<ModelConfig> {
+pub(crate) fn check_model(job: &Job) -> Result<ModelConfig> {
     let dir = &job.model.model;
     if dir.is_file() {
         return Err(Error::input(format!(
@@ -155,7 +155,7 @@ fn check_model(job: &Job) -> Result<ModelConfig> {
     Ok(config)
 }
 
-fn max_seq_len(job: &Job, config: &ModelConfig) -> Result<usize> {
+pub(crate) fn max_seq_len(job: &Job, config: &ModelConfig) -> Result<usize> {
     let context = config.max_context();
     match job.model.max_seq_len {
         Some(n) if n > context => Err(Error::input(format!(
@@ -165,7 +165,7 @@ fn max_seq_len(job: &Job, config: &ModelConfig) -> Result<usize> {
     }
 }
 
-fn resolve_sampling(job: &Job) -> Result<SamplingParams> {
+pub(crate) fn resolve_sampling(job: &Job) -> Result<SamplingParams> {
     let model = match job.sampling.generation_config {
         GenerationConfigSource::Model => GenerationConfig::from_dir(&job.model.model)?,
         GenerationConfigSource::Ignore => GenerationConfig::default(),
@@ -193,7 +193,7 @@ fn resolve_sampling(job: &Job) -> Result<SamplingParams> {
 
 /// Before anything is staged: an output that cannot be, or that would take the prompts'
 /// place.
-fn check_output(job: &Job) -> Result<()> {
+pub(crate) fn check_output(job: &Job) -> Result<()> {
     let Some(output) = &job.output.output else { return Ok(()) };
     let refused = |why| Error::input(format!("--output {}: {why}", output.display()));
     if output.is_dir() {
@@ -213,7 +213,7 @@ fn check_output(job: &Job) -> Result<()> {
     Ok(())
 }
 
-fn open_prompts(job: &Job) -> Result<(PromptsSource, InputIdentity)> {
+pub(crate) fn open_prompts(job: &Job) -> Result<(PromptsSource, InputIdentity)> {
     let format = match job.input.prompts_format {
         cli::PromptsFormat::Auto => None,
         cli::PromptsFormat::Txt => Some(PromptFormat::Text),
@@ -273,7 +273,7 @@ impl PromptsSource {
     }
 }
 
-fn run_dir_path(job: &Job, identity: &RunIdentity) -> PathBuf {
+pub(crate) fn run_dir_path(job: &Job, identity: &RunIdentity) -> PathBuf {
     job.output.run_dir.clone().unwrap_or_else(|| {
         let file = &job.input.prompts_file;
         let stem = match file.file_stem() {
