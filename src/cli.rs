@@ -20,6 +20,8 @@ pub use crate::stats::progress::ProgressMode;
 
 mod choices;
 mod run;
+mod given;
+mod submit;
 mod text;
 pub mod values;
 
@@ -30,6 +32,8 @@ pub use choices::{
     Dtype, GenerationConfigSource, KernelTier, LogFormat, PromptsFormat, StageFallback,
 };
 pub use run::{RetryArgs, RunArgs, StatusArgs};
+pub use given::{GivenFlag, flag_word, given_flags};
+pub use submit::{JobArgs, RunCommand, SubmitArgs};
 use values::{
     at_least_one, bytes, fraction, non_negative, nucleus_mass, one_to, penalty, positive,
 };
@@ -52,6 +56,9 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+    /// The subcommand's flags that the command line or the environment gave.
+    #[arg(skip)]
+    pub given: Vec<GivenFlag>,
 }
 
 /// The subcommands of this version.
@@ -65,6 +72,8 @@ pub enum Command {
     Retry(Box<RetryArgs>),
     /// Show how far a run is, who works on it, and when it may end
     Status(StatusArgs),
+    /// Submit batch jobs that work on one run together, one a Slurm partition
+    Submit(Box<SubmitArgs>),
     /// Copy a model to the memory of every node and keep it there
     Stage(StageCommandArgs),
     /// Print the tables of a finished run again and write them as an HTML page
@@ -384,7 +393,13 @@ impl Cli {
         // The environment twins follow one rule: naming each would double the help.
         let mut command = Self::command().mut_subcommands(|c| c.mut_args(|a| a.hide_env(true)));
         let matches = command.try_get_matches_from_mut(args)?;
-        Self::from_arg_matches(&matches).map_err(|error| error.format(&mut command))
+        let mut cli =
+            Self::from_arg_matches(&matches).map_err(|error| error.format(&mut command))?;
+        let parsed = matches.subcommand().and_then(|(name, matches)| {
+            command.find_subcommand(name).map(|command| given_flags(command, matches))
+        });
+        cli.given = parsed.unwrap_or_default();
+        Ok(cli)
     }
 
     /// Exit code of a run that was stopped early.

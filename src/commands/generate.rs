@@ -2,6 +2,7 @@
 //! JSONL and statistics.
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -115,12 +116,12 @@ impl Job {
         }
     }
 
-    /// The flags as `run.json` records them: with absolute paths, without those of the run
-    /// directory.
+    /// The flags for another start on the same run: with absolute paths, without those of the
+    /// run directory.
     ///
     /// # Errors
     /// A fault where the current directory is not known.
-    pub fn recorded_arguments(&self) -> Result<Vec<String>> {
+    pub fn arguments(&self) -> Result<Vec<OsString>> {
         const OWN: [&str; 3] = ["run-dir", "resume", "force-new"];
         const PATHS: [&str; 4] = ["prompts-file", "model", "output", "stage-dir"];
         let flags = self.given.iter().filter(|flag| !OWN.contains(&flag.name.as_str()));
@@ -131,7 +132,7 @@ impl Job {
             }
             _ => Ok(flag.word()),
         };
-        flags.map(|flag| word(flag).map(|word| word.to_string_lossy().into_owned())).collect()
+        flags.map(word).collect()
     }
 
     /// How launches on one run see each other.

@@ -16,6 +16,7 @@ pub mod retry;
 pub mod signals;
 pub mod stage;
 pub mod status;
+pub mod submit;
 pub mod summary;
 pub mod work;
 
@@ -50,10 +51,8 @@ pub fn run(cli: &Cli) -> i32 {
         Command::Stage(args) => {
             launch::on_ranks(&Start::plain(&args.log), |rank| stage::run(args, rank))
         }
-        Command::Report(args) => {
-            let outcome = report::run(args).map(|()| 0);
-            outcome.inspect_err(|error| say(format_args!("farm: error: {error}")))
-        }
+        Command::Submit(args) => without_ranks(submit::run(args, &cli.given)),
+        Command::Report(args) => without_ranks(report::run(args)),
     };
     outcome.unwrap_or_else(exit_code)
 }
@@ -66,6 +65,11 @@ fn retry_job(args: &RetryArgs) -> Result<generate::Job> {
             say(format_args!("farm: error: {error}"));
         }
     })
+}
+
+/// The exit code of a command that is one process; prints its error.
+fn without_ranks(outcome: Result<()>) -> Result<i32> {
+    outcome.map(|()| 0).inspect_err(|error| say(format_args!("farm: error: {error}")))
 }
 
 /// Writes `text` to standard output.

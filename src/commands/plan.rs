@@ -219,7 +219,9 @@ fn open_run(job: &Job, checked: &Checked, launch: ledger::Launch) -> Result<RunD
         )));
     }
     let claim_records = checked.prompts.claim_records()?;
-    let new = RunFile::new(checked.identity.clone(), claim_records, launch, job.recorded_arguments()?);
+    let arguments =
+        job.arguments()?.iter().map(|word| word.to_string_lossy().into_owned()).collect();
+    let new = RunFile::new(checked.identity.clone(), claim_records, launch, arguments);
     RunDir::open(path, new, existing)
 }
 

@@ -165,7 +165,11 @@ impl RunFile {
         serde_json::from_slice(&bytes).map(Some).map_err(broken)
     }
 
-    fn check_same(&self, path: &Path, identity: &RunIdentity) -> Result<()> {
+    /// Whether this is the run that `identity` means.
+    ///
+    /// # Errors
+    /// An input error that shows what differs.
+    pub fn check_same(&self, path: &Path, identity: &RunIdentity) -> Result<()> {
         let differences = identity.differences(&self.identity);
         if differences.is_empty() {
             return Ok(());

@@ -2,12 +2,14 @@
 //! this rank's share of its node's CPUs and memory.
 //!
 //! Everything that decides is a pure function over texts and numbers; thin
-//! wrappers read the environment, `/proc` and `/sys`. Left out: sbatch rendering
-//! and talking to Slurm's commands.
+//! wrappers read the environment, `/proc` and `/sys`. [`partitions`] and [`sbatch`] are the
+//! texts of Slurm's commands. Left out: calling them.
 
 pub mod cgroup;
 pub mod job_env;
 pub mod memory;
+pub mod partitions;
+pub mod sbatch;
 pub mod threads;
 
 pub use job_env::{JobEnv, launcher_local_ranks, launcher_rank};

@@ -11,3 +11,4 @@ mod refusals;
 mod resume;
 mod score;
 mod staging;
+mod submit;
