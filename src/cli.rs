@@ -19,8 +19,8 @@ use crate::slurm;
 pub use crate::stats::progress::ProgressMode;
 
 mod choices;
-mod run;
 mod given;
+mod run;
 mod submit;
 mod text;
 pub mod values;
@@ -31,8 +31,8 @@ mod tests;
 pub use choices::{
     Dtype, GenerationConfigSource, KernelTier, LogFormat, PromptsFormat, StageFallback,
 };
-pub use run::{RetryArgs, RunArgs, StatusArgs};
 pub use given::{GivenFlag, flag_word, given_flags};
+pub use run::{RetryArgs, RunArgs, StatusArgs};
 pub use submit::{JobArgs, RunCommand, SubmitArgs};
 use values::{
     at_least_one, bytes, fraction, non_negative, nucleus_mass, one_to, penalty, positive,

@@ -201,11 +201,7 @@ impl Job {
 
     /// Rank 0 plans; all get the plan or the error, which is no matter of rank 0: its
     /// message stays without it.
-    fn plan_together(
-        &self,
-        rank: &Rank,
-        start: Instant,
-    ) -> Result<(RunPlan, Option<RunOwner>)> {
+    fn plan_together(&self, rank: &Rank, start: Instant) -> Result<(RunPlan, Option<RunOwner>)> {
         let world = &*rank.world;
         let planned = match world.rank() {
             0 => plan(self, rank, start).map(Some),
@@ -343,10 +339,8 @@ impl Run<'_> {
         let world = &*self.topology.world;
         let leaders = self.topology.data_parallel.as_ref();
         let journal = agree(world, leaders.map(|all| self.journal(all.rank())).transpose())?;
-        let coordinator = owner
-            .zip(leaders)
-            .map(|(owner, all)| self.coordinator(all.clone(), owner))
-            .transpose();
+        let coordinator =
+            owner.zip(leaders).map(|(owner, all)| self.coordinator(all.clone(), owner)).transpose();
         let coordinator = agree(world, coordinator)?;
         let Loaded { runner, preparer, eos_token_ids } = loaded;
         let (engine, follower) = match leaders {
@@ -461,8 +455,7 @@ impl Run<'_> {
             started_unix_seconds: now_unix_seconds(),
         };
         let run = &self.job.run;
-        let policy =
-            SyncPolicy { records: run.sync_records, seconds: run.sync_seconds as f64 };
+        let policy = SyncPolicy { records: run.sync_records, seconds: run.sync_seconds as f64 };
         JournalWriter::create(&RunDir::journal_of(&self.plan.run_dir), &header, policy)
     }
 

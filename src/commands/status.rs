@@ -156,7 +156,7 @@ fn show(status: &Status) -> String {
     lines.push(match (status.complete, status.left_seconds) {
         (true, _) => "end       complete, the output is written".to_owned(),
         (_, Some(seconds)) => {
-            format!("end       in about {} at this rate", format::clock(Duration::from_secs_f64(seconds)))
+            format!("end       in about {} at this rate", format::clock(seconds))
         }
         (_, None) if status.working.is_empty() => {
             "end       nobody works on it; the same command goes on".to_owned()

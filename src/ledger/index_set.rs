@@ -74,6 +74,17 @@ impl IndexSet {
         self.chunks.get(&chunk).is_some_and(|words| words[word] & mask != 0)
     }
 
+    /// Adds all of `other`.
+    pub fn union(&mut self, other: &Self) {
+        for (&chunk, others) in &other.chunks {
+            let words = self.chunks.entry(chunk).or_insert_with(|| Box::new([0; 64]));
+            for (word, other) in words.iter_mut().zip(others.iter()) {
+                self.len += u64::from((other & !*word).count_ones());
+                *word |= other;
+            }
+        }
+    }
+
     /// Number of indices in the set.
     pub fn len(&self) -> u64 {
         self.len

@@ -73,9 +73,7 @@ impl OrderedOutput {
     pub fn create(target: OutputTarget, run_dir: &Path, early_bytes_max: usize) -> Result<Self> {
         let errors_file = run_dir.join("errors.jsonl");
         let (file, lines) = match target {
-            OutputTarget::Stream(stream) => {
-                (None, Lines::direct("standard output".into(), stream))
-            }
+            OutputTarget::Stream(stream) => (None, Lines::direct("standard output".into(), stream)),
             OutputTarget::File(path) if is_special(&path) => {
                 let stream = OpenOptions::new().write(true).open(&path);
                 let stream = stream.map_err(|error| refused(&path, error))?;
@@ -448,9 +446,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::ledger::{
-        JournalHeader, JournalWriter, Journals, RecordId, RecordSink, SyncPolicy,
-    };
+    use crate::ledger::{JournalHeader, JournalWriter, Journals, RecordId, RecordSink, SyncPolicy};
 
     fn line(index: u64) -> Vec<u8> {
         format!("{{\"index\":{index},\"text\":\"{}\"}}\n", "x".repeat(index as usize % 40))
@@ -523,7 +519,10 @@ mod tests {
         output.push(2, line(2), false).unwrap();
         output.abandon();
         output.push(1, b"ignored\n".to_vec(), false).unwrap();
-        assert!(std::fs::read_dir(dir.path()).unwrap().next().is_none(), "nothing half done is left");
+        assert!(
+            std::fs::read_dir(dir.path()).unwrap().next().is_none(),
+            "nothing half done is left"
+        );
         let counts = output.merge(stored(dir.path(), 0..6), 6).unwrap();
         assert_eq!(counts, OutputCounts { records: 6, errors: 2 });
         assert_eq!(std::fs::read(&path).unwrap(), (0..6).flat_map(line).collect::<Vec<u8>>());

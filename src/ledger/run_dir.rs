@@ -408,7 +408,10 @@ mod tests {
             assert!(error.message.contains("run.json"), "{error}");
         }
         fs::remove_file(dir.path().join("run.json")).unwrap();
-        assert!(open(dir.path(), &identity(), ExistingRun::Resume).is_err(), "records stay guarded");
+        assert!(
+            open(dir.path(), &identity(), ExistingRun::Resume).is_err(),
+            "records stay guarded"
+        );
     }
 
     #[test]

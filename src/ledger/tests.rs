@@ -98,8 +98,7 @@ fn join(
     let run_dir = RunDir::open(&run, file, ExistingRun::Resume).unwrap();
     let evidence = Box::new(HostEvidence::new(|_| None));
     let config = ClaimsConfig { heartbeat_seconds: 0.5, ..ClaimsConfig::default() };
-    let (membership, mut claims) =
-        Membership::join(&run, None, &facts, evidence, config).unwrap();
+    let (membership, mut claims) = Membership::join(&run, None, &facts, evidence, config).unwrap();
     let launch = membership.launch();
     let journal_dir = RunDir::journal_of(&run);
     let mut journals = Journals::new(&journal_dir, RUN_KEY);

@@ -445,7 +445,7 @@ mod tests {
     fn the_stat_line_is_read_past_any_command_name() {
         let rest = "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 0 THREADS 0 4711 0";
         let line = |name: &str, state: &str, threads: &str| {
-            format!("9 ({name}) {state} {}", rest.replace("0 THREADS", threads))
+            format!("9 ({name}) {state} {}", rest.replace("THREADS", threads))
         };
         let parse = |name, state, threads| ProcStat::parse(&line(name, state, threads)).unwrap();
         assert_eq!(parse("a b) R (c", "S", "8"), ProcStat { is_dead: false, start: 4711 });

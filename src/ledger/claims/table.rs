@@ -178,11 +178,16 @@ impl Claims {
             }
             Some(Claim::Free { .. }) => free(None),
             Some(Claim::Done { value, .. }) => Standing::Done(value.clone()),
-            Some(&Claim::Held { launch: holder, .. }) if holder == launch => Standing::Mine,
-            Some(&Claim::Held { launch: holder, .. }) => match self.is_gone(holder, now_seconds)? {
-                true => free(Some(holder)),
-                false => Standing::Held(holder),
-            },
+            Some(Claim::Held { launch: holder, .. }) => {
+                let holder = *holder;
+                if holder == launch {
+                    Standing::Mine
+                } else if self.is_gone(holder, now_seconds)? {
+                    free(Some(holder))
+                } else {
+                    Standing::Held(holder)
+                }
+            }
         })
     }
 

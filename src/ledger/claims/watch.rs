@@ -230,7 +230,7 @@ mod tests {
         // The age at each look, and the first look at which the heartbeat has stopped.
         let table: [(&str, fn(f64) -> f64, Option<u32>); 8] = [
             ("beats", |look| look % 5.0, None),
-            ("dies", |look| look, Some(121)),
+            ("dies", |look| look, Some(120)),
             ("died days ago", |look| 2e5 + look, Some(30)),
             ("seldom looked at, beats", |look| look * 400.0 % 7.0, None),
             ("seldom looked at, died", |look| look * 400.0, Some(6)),

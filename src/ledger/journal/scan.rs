@@ -243,9 +243,8 @@ impl Journals {
     pub fn lost_by(&self, is_gone: impl Fn(LaunchId) -> bool) -> u64 {
         let gone = self.files.iter().filter(|journal| is_gone(journal.name.0));
         let started = gone.flat_map(|journal| journal.started.iter().map(|&(index, _)| index));
-        let lost = started.filter(|index| {
-            !self.done().contains(*index) && !self.saved.contains_key(index)
-        });
+        let lost = started
+            .filter(|index| !self.done().contains(*index) && !self.saved.contains_key(index));
         lost.collect::<BTreeSet<u64>>().len() as u64
     }
 
