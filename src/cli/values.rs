@@ -1,6 +1,10 @@
 //! Parsers of flag values: each refuses what is out of range and says the range.
 
+use std::time::Duration;
+
 use clap::builder::RangedU64ValueParser;
+
+use crate::slurm;
 
 /// An integer from 1.
 pub fn at_least_one() -> RangedU64ValueParser<usize> {
@@ -81,4 +85,56 @@ pub fn bytes(text: &str) -> Result<u64, String> {
         }
     };
     if value == 0 { Err("must be at least 1 byte".into()) } else { Ok(value) }
+}
+
+/// A time: `90s`, `15m`, `2h`, `1d`, or as Slurm writes it (`90` is minutes, `MM:SS`,
+/// `HH:MM:SS`, `D-HH`, `D-HH:MM`, `D-HH:MM:SS`). At least 1 second.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    let text = text.trim();
+    let factors = [("s", 1), ("m", 60), ("h", 3600), ("d", 86400)];
+    let by_unit = factors.iter().find_map(|(unit, factor)| {
+        let digits = text.strip_suffix(unit)?;
+        digits.parse::<u64>().ok()?.checked_mul(*factor)
+    });
+    let seconds = by_unit.or_else(|| slurm::time_seconds(text)).ok_or(
+        "must be a time such as 90s, 15m, 2h or 1d, or as in Slurm: minutes, MM:SS, HH:MM:SS, \
+         D-HH, D-HH:MM or D-HH:MM:SS",
+    )?;
+    if seconds == 0 {
+        Err("must be at least 1 second".into())
+    } else {
+        Ok(Duration::from_secs(seconds))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_come_with_a_unit_or_as_in_slurm() {
+        for (text, expected) in [
+            ("90s", Some(90)),
+            ("15m", Some(900)),
+            ("2h", Some(7200)),
+            ("1d", Some(86400)),
+            ("90", Some(5400)),
+            (" 1:30 ", Some(90)),
+            ("01:30:00", Some(5400)),
+            ("1-12", Some(129_600)),
+            ("0", None),
+            ("0s", None),
+            ("s", None),
+            ("-5m", None),
+            ("1.5h", None),
+            ("2 hours", None),
+            ("18446744073709551615d", None),
+            ("UNLIMITED", None),
+            ("", None),
+        ] {
+            assert_eq!(duration(text).ok().map(|d| d.as_secs()), expected, "{text}");
+        }
+        let error = duration("soon").unwrap_err();
+        assert!(error.contains("90s") && error.contains("D-HH:MM:SS"), "{error}");
+    }
 }

@@ -94,7 +94,7 @@ pub fn memory_left_bytes(proc_self_cgroup: &str, read: ReadFile) -> Option<u64> 
 }
 
 /// The number after `name` in a file of `name number` lines.
-fn stat_field(stat: &str, name: &str) -> Option<u64> {
+pub(super) fn stat_field(stat: &str, name: &str) -> Option<u64> {
     stat.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
 }
 

@@ -9,6 +9,9 @@ use serde::{Deserialize, Serialize};
 /// What Slurm says about this job and task.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JobEnv {
+    /// `SLURM_CLUSTER_NAME`: job ids count within it.
+    #[serde(default)]
+    pub cluster: Option<String>,
     /// `SLURM_JOB_ID`.
     pub job_id: Option<u64>,
     /// `SLURM_STEP_ID`; absent in a batch script.
@@ -58,6 +61,7 @@ impl JobEnv {
         let number = |name: &str| text(name).and_then(|value| value.parse::<u64>().ok());
         let count = |name: &str| number(name).and_then(|value| usize::try_from(value).ok());
         Self {
+            cluster: text("SLURM_CLUSTER_NAME"),
             job_id: number("SLURM_JOB_ID"),
             step_id: number("SLURM_STEP_ID"),
             array_job_id: number("SLURM_ARRAY_JOB_ID"),
@@ -135,6 +139,7 @@ mod tests {
 
     /// A step's environment as Slurm 22.05 sets it.
     const STEP: &[(&str, &str)] = &[
+        ("SLURM_CLUSTER_NAME", "farm"),
         ("SLURM_JOB_ID", "412"),
         ("SLURM_STEP_ID", "0"),
         ("SLURM_JOB_NODELIST", "node[01-04]"),
@@ -157,6 +162,7 @@ mod tests {
     fn a_step_is_read() {
         let job = JobEnv::from_lookup(lookup(STEP));
         assert_eq!((job.job_id, job.step_id, job.step_num_tasks), (Some(412), Some(0), Some(8)));
+        assert_eq!(job.cluster.as_deref(), Some("farm"));
         assert_eq!(job.nodelist.as_deref(), Some("node[01-04]"));
         assert_eq!((job.cpus_per_task, job.restart_count), (Some(2), Some(1)));
         assert_eq!(job.end_time_unix_seconds, Some(1_790_000_000));
