@@ -4,6 +4,7 @@
 //! main job (and `farm score`), in the steps [`plan`], [`load`], [`work`] and
 //! [`summary`].
 
+pub mod deadline;
 pub mod generate;
 pub mod launch;
 pub mod load;
