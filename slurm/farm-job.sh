@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # What farm's batch templates share, sourced by them on the job's first node: start farm on all nodes of the job,
-# warn it in time when the job must end, and queue the job again where farm has not finished.
+# warn it in time when the job must end, queue the job again where farm has not finished, and say what ended it.
 #
 # Settings, all optional, from the environment of sbatch:
 #   FARM_ARGS            arguments for farm, put before those after the script's name (split at blanks, no quoting)
@@ -10,7 +10,12 @@
 #   FARM_MODULES         modules to load, default farm/@VERSION@ where there is such a module
 #   FARM_MAX_RESTARTS    how often the job may queue itself again, default 20; 0: never
 #   FARM_REQUEUE_CODE    farm's exit code for "stopped early, a rerun goes on", default 75
-#   FARM_PROMPTS_PATTERN array jobs: the prompts file of each task, e.g. "prompts-%a.jsonl"
+#   FARM_PROMPTS_PATTERN array jobs: the prompts file of each task, e.g. "prompts-%a.jsonl"; without it and without
+#                        %a in the arguments all tasks work on one run
+
+farm_goes_on="the same sbatch command goes on from what is saved"
+farm_more_memory="ask for more memory (--mem), start fewer ranks a node (--ntasks-per-node), or lower \
+--max-batch-size or --kv-cache-memory"
 
 farm_say() { echo "farm-job: $*" >&2; }
 
@@ -92,8 +97,21 @@ farm_job_id() {
 # TERM with KILL within seconds.
 farm_on_warning() {
     farm_signalled=1
+    if farm_warned_too_early; then
+        farm_say "a short job: Slurm warned it at once; farm looks at the time limit itself"
+        return
+    fi
     farm_say "the job's time is nearly up; farm saves its work and stops"
     kill -USR1 "$farm_pid" 2> /dev/null
+}
+
+# Slurm warns a job that is shorter than the time of its --signal as it starts. farm stops by itself before the limit,
+# so of a short job's first half nothing is given away. Somebody who sends USR1 by hand is heard.
+farm_warned_too_early() {
+    local end left
+    end=${SLURM_JOB_END_TIME:-$(date +%s -d "$(timeout 10 squeue -h -j "$(farm_job_id)" -o %e)" 2> /dev/null)}
+    left=$((${end:-0} - $(date +%s)))
+    [ "$left" -gt "$SECONDS" ] && [ "$left" -le 180 ]
 }
 
 # TERM comes from scancel, from preemption or at the time limit. Who cancels a job does not want it back, and
@@ -115,17 +133,58 @@ farm_wait() {
     done
 }
 
+# farm_requeue WHY: queues the job again where that is wanted.
 farm_requeue() {
     local restarts=${SLURM_RESTART_COUNT:-0} most=${FARM_MAX_RESTARTS:-20}
     if [ "$farm_cancelled" = 1 ]; then
-        farm_say "not finished; the same sbatch command goes on from here"
+        farm_say "$1; $farm_goes_on"
     elif [ "$restarts" -ge "$most" ]; then
-        farm_say "not finished after $restarts restarts (FARM_MAX_RESTARTS=$most); the same sbatch command goes on"
+        farm_say "$1 after $restarts restarts (FARM_MAX_RESTARTS=$most); $farm_goes_on"
     else
-        farm_say "not finished; restart $((restarts + 1)) of at most $most"
-        scontrol requeue "$(farm_job_id)" ||
-            farm_say "this site does not let a job requeue itself; the same sbatch command goes on"
+        farm_say "$1; restart $((restarts + 1)) of at most $most"
+        scontrol requeue "$(farm_job_id)" || farm_say "this site does not let a job requeue itself; $farm_goes_on"
     fi
+}
+
+# Processes of this job on this node that the kernel's out-of-memory killer has ended. The job's control group counts
+# those of its steps; that of version 1 does not, and there Slurm alone knows.
+farm_oom_kills() {
+    local groups kills=0
+    groups=$(cat /proc/self/cgroup 2> /dev/null)
+    if [[ $groups =~ (^|$'\n')0::(/[^$'\n']*/job_[0-9]+)($|[/$'\n']) ]]; then
+        kills=$(sed -n 's/^oom_kill //p' "/sys/fs/cgroup${BASH_REMATCH[2]}/memory.events" 2> /dev/null)
+    fi
+    echo "${kills:-0}"
+}
+
+# Whether that killer was at work. The exit code does not tell: srun makes a 1 of it, mpirun a 137. About other nodes
+# the accounting knows, where the site has one.
+farm_is_oom() {
+    [ "$(farm_oom_kills)" -gt "$farm_oom_before" ] ||
+        timeout 10 sacct -nP -j "$SLURM_JOB_ID" -o State 2> /dev/null | grep -q '^OUT_OF_ME'
+}
+
+# farm_conclude STATUS: what farm's exit code means for the job.
+farm_conclude() {
+    if [ "$1" = "${FARM_REQUEUE_CODE:-75}" ]; then
+        farm_requeue "not finished"
+        return
+    fi
+    case $1 in 0 | 2 | 3 | 4) return ;; esac
+    if farm_is_oom; then
+        farm_say "the kernel's out-of-memory killer ended a process of this job: $farm_more_memory; $farm_goes_on"
+        return
+    fi
+    case $1 in
+        # By KILL or BUS, as when a node or its file system is lost; a restart can do better. TERM is no sign of that:
+        # srun ends the other ranks so when one rank leaves with an error.
+        137 | 135)
+            [ "$farm_cancelled" = 1 ] ||
+                farm_say "a process of farm was killed (exit code $1). If for want of memory, $farm_more_memory"
+            farm_requeue "not finished" ;;
+        # A fault of farm, of the machine or of the file system would most likely come again.
+        *) farm_say "farm failed (exit code $1), see above; $farm_goes_on" ;;
+    esac
 }
 
 # --force-new means the first start: a restarted job would set its own work aside.
@@ -152,7 +211,7 @@ farm_collect_arguments() {
 
 # farm_job ARG…: runs farm with these arguments; returns farm's exit code.
 farm_job() {
-    local status
+    local status farm_oom_before
     farm_load_modules
     farm_collect_arguments "$@"
     farm_choose_launcher || return
@@ -161,6 +220,7 @@ farm_job() {
     # Slurm's tree fence, a part of its default, does not wait for a late rank, which then crashes in MPI_Init.
     export SLURM_PMIX_FENCE=${SLURM_PMIX_FENCE:-ring}
     farm_cancelled=0
+    farm_oom_before=$(farm_oom_kills)
     trap farm_on_warning USR1
     trap farm_on_term TERM
     "${farm_launcher[@]}" "$FARM_ROOT/bin/farm" "${farm_arguments[@]}" &
@@ -172,6 +232,6 @@ farm_job() {
         rm -f "$farm_not_started"
         [ "$status" != 0 ] || status=1
     fi
-    [ "$status" != "${FARM_REQUEUE_CODE:-75}" ] || farm_requeue
+    farm_conclude "$status"
     return "$status"
 }

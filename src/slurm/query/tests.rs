@@ -127,16 +127,3 @@ fn commands_are_heard_on_both_streams_and_not_waited_for() {
     assert_eq!(shell(50, "echo trying; sleep 30"), None);
     assert!(began.elapsed() < Duration::from_secs(20), "it was not waited for");
 }
-#[test]
-fn tmp_live() {
-    let Ok(args) = std::env::var("TMP_LIVE") else { return };
-    for w in args.split(' ') {
-        let v: Vec<u64> = w.split(',').map(|x| x.parse().unwrap()).collect();
-        let step = (v[1] != 99).then_some(v[1]);
-        println!(
-            "{w} ended {:?} left {:?}",
-            step_has_ended(Some("farm"), v[0], step, v[2]),
-            seconds_left(v[0])
-        );
-    }
-}
