@@ -533,7 +533,7 @@ mod tests {
             let mut handout = Handout::new(config, 5);
             let mut held: Vec<Vec<u64>> = vec![Vec::new(); 5];
             let (mut received, mut processed) = ([0u64; 5], [0.0f64; 5]);
-            let (mut fed, mut seen) = (0u64);
+            let (mut fed, mut seen) = (0u64, IndexSet::new());
             let mut now = 0.0;
             for (worker, finish, slots) in choices.iter().cycle().take(40_000).copied() {
                 while handout.wants_more() && (fed as usize) < costs.len() {

@@ -3,13 +3,16 @@
 //!
 //! Everything that decides is a pure function over texts and numbers; thin
 //! wrappers read the environment, `/proc` and `/sys` and run Slurm's commands
-//! ([`query`]). Left out: sbatch rendering.
+//! ([`query`]). [`partitions`] and [`sbatch`] are the texts that a submission reads
+//! and writes.
 
 pub mod cgroup;
 pub mod job_env;
 pub mod memory;
 pub mod oom;
+pub mod partitions;
 pub mod query;
+pub mod sbatch;
 pub mod threads;
 pub mod time;
 

@@ -29,7 +29,7 @@ fn run(dir: &Path, ranks: usize, flags: &[&str]) -> Vec<Result<i32>> {
     let flags = flags.iter().chain(if flags.contains(&"--output") { &[][..] } else { &to_file });
     let cli = Cli::try_parse_from(base.iter().chain(flags)).unwrap();
     let Command::Generate(args) = cli.command else { panic!("generate") };
-    let job = Job::generate(&args);
+    let job = Job::generate(&args, &[]);
     LocalComm::run(ranks, |world| job.run(&Rank { world, job: JobEnv::default(), threads: 1 }))
 }
 
