@@ -36,7 +36,7 @@ const STORED_LINES: usize = 4096;
 /// The output is handed to the operating system at least this often.
 const FLUSH_SECONDS: f64 = 1.0;
 /// Other launches are looked after this often.
-const SHARE_SECONDS: f64 = 2.0;
+const SHARE_SECONDS: f64 = 1.0;
 
 /// What the coordinator works with.
 pub struct CoordinatorParts {
