@@ -308,3 +308,94 @@ fn retry_works_on_the_failed_records() {
     let nothing = Farm::plain(["retry"]).arg(scratch.path("nothing")).output().expect("farm");
     assert_eq!(nothing.status.code(), Some(3));
 }
+
+/// A file system of its own for a folder, for as long as the test takes.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    /// `None` where this user may not mount.
+    fn mount(folder: PathBuf, kilobytes: usize) -> Option<Self> {
+        fs::create_dir_all(&folder).expect("a folder");
+        Self::call(&["mount", "-t", "tmpfs", "-o", &format!("size={kilobytes}k"), "tmpfs"], &folder)
+            .then_some(Self(folder))
+    }
+
+    fn resize(&self, kilobytes: usize) {
+        let option = format!("remount,size={kilobytes}k");
+        assert!(Self::call(&["mount", "-o", &option], &self.0));
+    }
+
+    fn read_only(&self) {
+        assert!(Self::call(&["mount", "-o", "remount,ro"], &self.0));
+    }
+
+    fn call(words: &[&str], folder: &std::path::Path) -> bool {
+        let mut command = std::process::Command::new(words[0]);
+        command.args(&words[1..]).arg(folder).output().is_ok_and(|out| out.status.success())
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        Self::call(&["umount", "-l"], &self.0);
+    }
+}
+
+/// A disk that fills up in the middle: a message, exit code 1, and nothing is lost.
+#[test]
+fn a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room() {
+    let scratch = Scratch::new();
+    let prompts = prompts(&scratch);
+    let expected = long_run(&scratch, "undisturbed", Launch::Alone).prompts(&prompts);
+    expected.ends_with(0);
+    for launch in Launch::all(&[2], &[2]) {
+        let farm = long_run(&scratch, &format!("{launch:?}"), launch).prompts(&prompts);
+        let Some(disk) = SmallDisk::mount(farm.run_dir(), 160) else {
+            println!("skipped: this user may not mount a file system");
+            return;
+        };
+        let ended = farm.ends_with(1);
+        let message = "No space left on device";
+        assert!(ended.stderr.contains(message), "{launch:?}: {}", ended.stderr);
+        assert!(ended.stderr.contains(&farm.run_dir().display().to_string()), "{}", ended.stderr);
+        assert!(!is_complete(&farm) && farm.done() > 0);
+        let kept = farm.done();
+        farm.ends_with(1);
+        disk.resize(100_000);
+        farm.ends_with(0);
+        assert!(farm.output() == expected.output(), "{launch:?}");
+        each_record_once(&farm);
+        assert!(farm.stats()["records"].as_u64() <= Some(RECORDS as u64 - kept));
+    }
+}
+
+#[test]
+fn a_read_only_run_directory_is_refused_with_its_name() {
+    let scratch = Scratch::new();
+    let farm = long_run(&scratch, "run", Launch::Alone).prompts(prompts(&scratch));
+    let Some(disk) = SmallDisk::mount(farm.run_dir(), 10_000) else {
+        println!("skipped: this user may not mount a file system");
+        return;
+    };
+    disk.read_only();
+    let ended = farm.start().wait();
+    assert!(matches!(ended.code, Some(1 | 3)), "{}", ended.stderr);
+    assert!(ended.stderr.contains("Read-only file system"), "{}", ended.stderr);
+}
+
+/// Somebody moves the run directory away under a running job.
+#[test]
+fn a_vanished_run_directory_ends_the_run() {
+    let scratch = Scratch::new();
+    let farm = long_run(&scratch, "run", Launch::Threads(2)).prompts(prompts(&scratch));
+    let farm = farm.args(["--heartbeat-timeout", "4"]);
+    let mut running = farm.start();
+    assert!(running.reaches(|| farm.done() >= 4), "it ended too early");
+    let moved = scratch.path("moved");
+    fs::rename(farm.run_dir(), &moved).expect("a rename");
+    let ended = running.wait().with_code(1);
+    assert!(ended.stderr.contains("vanished"), "{}", ended.stderr);
+    fs::rename(&moved, farm.run_dir()).expect("a rename");
+    farm.ends_with(0);
+    each_record_once(&farm);
+}
