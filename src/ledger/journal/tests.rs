@@ -1,6 +1,7 @@
 //! What nights of work hang on: journals cut, damaged and read while they grow.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
@@ -283,12 +284,13 @@ fn every_flipped_bit_is_found_and_costs_one_frame() {
     let (_run, dir) = journal_dir();
     let acts = sample();
     let (bytes, starts) = file_bytes(&header(1, 0), &acts);
+    let path = write(&dir, 1, 0, &bytes);
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
     for bit in 0..bytes.len() * 8 {
-        let mut flipped = bytes.clone();
-        flipped[bit / 8] ^= 1 << (bit % 8);
-        let path = write(&dir, 1, 0, &flipped);
+        let (byte, mask) = (bit / 8, 1 << (bit % 8));
+        file.write_all_at(&[bytes[byte] ^ mask], byte as u64).unwrap();
         let mut journals = scan(&dir);
-        let hit = starts.iter().filter(|&&start| start <= bit / 8).count() - 1;
+        let hit = starts.iter().filter(|&&start| start <= byte).count() - 1;
         let mut kept = acts.clone();
         let lost = (hit > 0).then(|| kept.remove(hit - 1));
         assert_eq!(account(&journals), expected(&[(1, kept)]), "bit {bit}");
@@ -298,10 +300,11 @@ fn every_flipped_bit_is_found_and_costs_one_frame() {
         assert!(said.contains(path.to_str().unwrap()), "bit {bit}: {said}");
         if let Some(Act(_, index, _)) = lost {
             assert!(said.contains(&format!("byte {} ", starts[hit])), "bit {bit}: {said}");
-            let head_is_whole = bit / 8 >= starts[hit] + 32;
+            let head_is_whole = byte >= starts[hit] + 32;
             let names = said.contains(&format!("record {index}"));
             assert_eq!(names, head_is_whole, "bit {bit}: {said}");
         }
+        file.write_all_at(&bytes[byte..=byte], byte as u64).unwrap();
     }
 }
 
@@ -371,7 +374,8 @@ fn files_that_vanish_or_shrink_are_errors_that_name_them() {
     let (bytes, starts) = file_bytes(&header(1, 0), &acts);
     let path = write(&dir, 1, 0, &bytes);
     let mut journals = scan(&dir);
-    let names = |error: Error| assert!(error.message.contains("00001-00000.farm"), "{error}");
+    let names =
+        |error: crate::Error| assert!(error.message.contains("00001-00000.farm"), "{error}");
     let mut line = Vec::new();
     let mut changed = bytes.clone();
     changed[starts[1] + 34] ^= 4;
