@@ -246,6 +246,26 @@ fn the_highest_attempt_decides_whatever_order_it_is_read_in() {
     }
 }
 
+/// Several launches may have gone on with one record.
+#[test]
+fn the_longest_saved_generation_of_the_highest_attempt_is_gone_on_with() {
+    for (saved, newest) in [
+        (vec![(1, 0, "ab"), (1, 0, "abc"), (2, 0, "a")], "abc"),
+        (vec![(3, 0, "abc"), (2, 0, "abcd"), (1, 0, "ab")], "abcd"),
+        (vec![(1, 1, "a"), (2, 0, "ab"), (3, 0, "abc")], "a"),
+    ] {
+        let (_run, dir) = journal_dir();
+        for (rank, (launch, attempt, generation)) in saved.into_iter().enumerate() {
+            let header = header(launch, rank);
+            let mut writer = JournalWriter::create(&dir, &header, SyncPolicy::default()).unwrap();
+            writer.save(id(1, attempt), generation.as_bytes()).unwrap();
+        }
+        let journals = scan(&dir);
+        assert_eq!(journals.saved(1).unwrap().unwrap(), newest.as_bytes());
+        assert_eq!(journals.saved_records(), 1);
+    }
+}
+
 /// A kill at any byte: the whole frames count, nothing is called damage, the next launch's
 /// file goes on, and when the rest of the bytes comes it counts too.
 #[test]
@@ -348,7 +368,8 @@ fn files_of_other_runs_and_formats_are_named_and_passed_over() {
 #[test]
 fn a_hole_that_fills_later_gives_its_records_back() {
     let (_run, dir) = journal_dir();
-    let acts: Vec<_> = (0..6).map(|index| Act(Kind::Finished, index, 0)).collect();
+    let mut acts: Vec<_> = (0..6).map(|index| Act(Kind::Finished, index, 0)).collect();
+    acts[1] = Act(Kind::Started, 4, 0); // seen after its end, it is no work left
     let (bytes, starts) = file_bytes(&header(1, 0), &acts);
     let mut holed = bytes.clone();
     holed[starts[2]..starts[5]].fill(0);
