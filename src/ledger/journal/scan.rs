@@ -54,8 +54,8 @@ struct Journal {
     /// What is read and need not be read again.
     offset: u64,
     tail: Option<Tail>,
-    /// Damage before `offset`. It is looked at again, since a network file system may show
-    /// zeros where bytes of another node are still to come.
+    /// Damage before `offset`. It is looked at again (unless an error comes between), since a
+    /// network file system may show zeros where bytes of another node are still to come.
     damage: Vec<Range<u64>>,
     header_reported: bool,
     /// Index and attempt of what was started, and not finished or saved since.
@@ -209,11 +209,12 @@ impl Journals {
     pub fn saved(&self, index: u64) -> Option<Result<Vec<u8>>> {
         let saved = self.saved.get(&index)?;
         let path = &self.files[self.by_name[&saved.name]].path;
-        let place = Place { offset: saved.offset, frame_bytes: saved.frame_bytes };
+        let Saved { attempt, frame_bytes, offset, .. } = *saved;
+        let place = Place { index, attempt, offset, frame_bytes };
         let mut generation = Vec::new();
         let file = File::open(path).map_err(|error| Error::io(path, error));
         let read = file.and_then(|file| {
-            read_payload(&file, path, place, self.seed, &mut generation).map(|_| generation)
+            read_payload(&file, path, place, self.seed, &mut generation).map(|()| generation)
         });
         Some(read)
     }

@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, ErrorKind};
+use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::frame::{self, Head};
+use super::frame;
 use super::sorted::{Cursor, Entry};
 use crate::{Error, Result};
 
@@ -53,11 +53,9 @@ impl StoredLines {
                 place.insert(File::open(path).map_err(|error| Error::io(path, error))?)
             }
         };
-        let place = Place { offset: entry.offset, frame_bytes: entry.frame_bytes };
-        let head = read_payload(file, path, place, self.seed, line)?;
-        if (head.id.index, head.id.attempt) != (entry.index, entry.attempt) {
-            return Err(changed(path, place));
-        }
+        let Entry { index, attempt, offset, frame_bytes, .. } = entry;
+        let place = Place { index, attempt, offset, frame_bytes };
+        read_payload(file, path, place, self.seed, line)?;
         line.push(b'\n');
         Ok(())
     }
@@ -69,10 +67,14 @@ impl StoredLines {
     }
 }
 
-/// Where a frame lies in its file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+/// Which frame lies where in its file.
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Place {
-    /// Its first byte.
+    /// The record.
+    pub index: u64,
+    /// The attempt at it.
+    pub attempt: u16,
+    /// The frame's first byte.
     pub offset: u64,
     /// Its length.
     pub frame_bytes: u32,
@@ -85,20 +87,21 @@ pub(super) fn read_payload(
     place: Place,
     seed: u32,
     buffer: &mut Vec<u8>,
-) -> Result<Head> {
+) -> Result<()> {
     buffer.resize(place.frame_bytes as usize, 0);
-    let read: io::Result<()> = file.read_exact_at(buffer, place.offset);
-    match read {
-        Err(error) if error.kind() == ErrorKind::UnexpectedEof => Err(changed(path, place)),
-        Err(error) => Err(Error::io(path, error)),
-        Ok(()) => frame::strip(seed, buffer).ok_or_else(|| changed(path, place)),
+    let head = match file.read_exact_at(buffer, place.offset) {
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => None,
+        Err(error) => return Err(Error::io(path, error)),
+        Ok(()) => frame::strip(seed, buffer),
+    };
+    if head.is_some_and(|head| (head.id.index, head.id.attempt) == (place.index, place.attempt)) {
+        return Ok(());
     }
-}
-
-fn changed(path: &Path, place: Place) -> Error {
-    Error::fault(format!(
-        "{}: what stands at byte {} changed since it was found whole; give the same command again",
+    Err(Error::fault(format!(
+        "{}: the frame of record {} at byte {} changed since it was found whole; give the same \
+         command again",
         path.display(),
+        place.index,
         place.offset
-    ))
+    )))
 }

@@ -1,6 +1,7 @@
 //! What nights of work hang on: journals cut, damaged and read while they grow.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
@@ -246,6 +247,26 @@ fn the_highest_attempt_decides_whatever_order_it_is_read_in() {
     }
 }
 
+/// Several launches may have gone on with one record.
+#[test]
+fn the_longest_saved_generation_of_the_highest_attempt_is_gone_on_with() {
+    for (saved, newest) in [
+        (vec![(1, 0, "ab"), (1, 0, "abc"), (2, 0, "a")], "abc"),
+        (vec![(3, 0, "abc"), (2, 0, "abcd"), (1, 0, "ab")], "abcd"),
+        (vec![(1, 1, "a"), (2, 0, "ab"), (3, 0, "abc")], "a"),
+    ] {
+        let (_run, dir) = journal_dir();
+        for (rank, (launch, attempt, generation)) in saved.into_iter().enumerate() {
+            let header = header(launch, rank);
+            let mut writer = JournalWriter::create(&dir, &header, SyncPolicy::default()).unwrap();
+            writer.save(id(1, attempt), generation.as_bytes()).unwrap();
+        }
+        let journals = scan(&dir);
+        assert_eq!(journals.saved(1).unwrap().unwrap(), newest.as_bytes());
+        assert_eq!(journals.saved_records(), 1);
+    }
+}
+
 /// A kill at any byte: the whole frames count, nothing is called damage, the next launch's
 /// file goes on, and when the rest of the bytes comes it counts too.
 #[test]
@@ -284,12 +305,13 @@ fn every_flipped_bit_is_found_and_costs_one_frame() {
     let (_run, dir) = journal_dir();
     let acts = sample();
     let (bytes, starts) = file_bytes(&header(1, 0), &acts);
+    let path = write(&dir, 1, 0, &bytes);
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
     for bit in 0..bytes.len() * 8 {
-        let mut flipped = bytes.clone();
-        flipped[bit / 8] ^= 1 << (bit % 8);
-        let path = write(&dir, 1, 0, &flipped);
+        let (byte, mask) = (bit / 8, 1 << (bit % 8));
+        file.write_all_at(&[bytes[byte] ^ mask], byte as u64).unwrap();
         let mut journals = scan(&dir);
-        let hit = starts.iter().filter(|&&start| start <= bit / 8).count() - 1;
+        let hit = starts.iter().filter(|&&start| start <= byte).count() - 1;
         let mut kept = acts.clone();
         let lost = (hit > 0).then(|| kept.remove(hit - 1));
         assert_eq!(account(&journals), expected(&[(1, kept)]), "bit {bit}");
@@ -299,10 +321,11 @@ fn every_flipped_bit_is_found_and_costs_one_frame() {
         assert!(said.contains(path.to_str().unwrap()), "bit {bit}: {said}");
         if let Some(Act(_, index, _)) = lost {
             assert!(said.contains(&format!("byte {} ", starts[hit])), "bit {bit}: {said}");
-            let head_is_whole = bit / 8 >= starts[hit] + 32;
+            let head_is_whole = byte >= starts[hit] + 32;
             let names = said.contains(&format!("record {index}"));
             assert_eq!(names, head_is_whole, "bit {bit}: {said}");
         }
+        file.write_all_at(&bytes[byte..=byte], byte as u64).unwrap();
     }
 }
 
@@ -346,7 +369,8 @@ fn files_of_other_runs_and_formats_are_named_and_passed_over() {
 #[test]
 fn a_hole_that_fills_later_gives_its_records_back() {
     let (_run, dir) = journal_dir();
-    let acts: Vec<_> = (0..6).map(|index| Act(Kind::Finished, index, 0)).collect();
+    let mut acts: Vec<_> = (0..6).map(|index| Act(Kind::Finished, index, 0)).collect();
+    acts[1] = Act(Kind::Started, 4, 0); // seen after its end, it is no work left
     let (bytes, starts) = file_bytes(&header(1, 0), &acts);
     let mut holed = bytes.clone();
     holed[starts[2]..starts[5]].fill(0);
@@ -372,7 +396,8 @@ fn files_that_vanish_or_shrink_are_errors_that_name_them() {
     let (bytes, starts) = file_bytes(&header(1, 0), &acts);
     let path = write(&dir, 1, 0, &bytes);
     let mut journals = scan(&dir);
-    let names = |error: Error| assert!(error.message.contains("00001-00000.farm"), "{error}");
+    let names =
+        |error: crate::Error| assert!(error.message.contains("00001-00000.farm"), "{error}");
     let mut line = Vec::new();
     let mut changed = bytes.clone();
     changed[starts[1] + 34] ^= 4;

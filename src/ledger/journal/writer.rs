@@ -233,7 +233,8 @@ impl RecordSink for JournalWriter {
 }
 
 impl Drop for JournalWriter {
-    /// Hands over what is buffered, as well as it goes: errors have nobody left to tell.
+    /// Hands what is buffered to the operating system, as well as it goes: errors have nobody
+    /// left to tell.
     fn drop(&mut self) {
         let _ = self.write_out();
     }
