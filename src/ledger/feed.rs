@@ -133,7 +133,10 @@ pub struct Feed {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Block {
+    /// Claimed in this pass, or for it: its records are to be handed out.
     Mine,
+    /// Claimed, and read to its end in an earlier pass.
+    Read,
     /// Another launch has it, or will.
     Others,
 }
@@ -263,12 +266,12 @@ impl Feed {
     /// This launch's blocks of which nothing is done, and that were read to their end, with
     /// their records: what may be given back, if nothing of it was handed out.
     pub fn untouched(&self) -> impl Iterator<Item = (u64, Range<u64>)> + '_ {
-        let read = if self.pass.is_some() { self.next_index } else { u64::MAX };
         self.blocks
             .iter()
-            .filter(|(_, holder)| **holder == Block::Mine)
-            .map(|(&block, _)| (block, self.records_of(block)))
-            .filter(move |(_, records)| records.end <= read)
+            .filter(|(_, holder)| **holder != Block::Others)
+            .map(|(&block, holder)| (block, *holder, self.records_of(block)))
+            .filter(|(_, holder, records)| *holder == Block::Read || records.end <= self.next_index)
+            .map(|(block, _, records)| (block, records))
             .filter(|(_, records)| !records.clone().any(|index| self.is_done(index)))
     }
 
@@ -291,7 +294,7 @@ impl Feed {
     /// # Errors
     /// The run directory cannot be read.
     pub fn lost(&mut self) -> Result<Vec<Range<u64>>> {
-        let mine = self.blocks.iter().filter(|(_, holder)| **holder == Block::Mine);
+        let mine = self.blocks.iter().filter(|(_, holder)| **holder != Block::Others);
         let mine: Vec<u64> = mine.map(|(&block, _)| block).collect();
         let mut lost = Vec::new();
         for block in mine {
@@ -343,6 +346,8 @@ impl Feed {
     fn end_of_pass(&mut self) {
         self.pass = None;
         self.stored = None;
+        let mine = self.blocks.values_mut().filter(|block| **block == Block::Mine);
+        mine.for_each(|block| *block = Block::Read);
         self.total.get_or_insert(self.next_index);
     }
 

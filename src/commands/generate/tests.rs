@@ -44,6 +44,7 @@ fn a_leader_that_cannot_begin_lets_its_followers_go() {
         let error = outcome.unwrap_err();
         assert!(error.message.contains("00002-00000.farm"), "{error}");
     }
+    std::fs::remove_dir(journal.join("00002-00000.farm")).unwrap();
     assert_eq!(run(dir.path(), 1, &[]), [Ok(0)], "the same command goes on");
     let lines = std::fs::read_to_string(dir.path().join("out.jsonl")).unwrap();
     assert_eq!(lines.lines().count(), 64);
