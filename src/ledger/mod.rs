@@ -14,6 +14,7 @@
 //! holds the leaders only. Left out: a journal with group fsync, claims of several
 //! jobs on one run, saved partial generations.
 
+pub mod claims;
 mod coordinator;
 mod cost;
 mod crc32;
