@@ -112,8 +112,8 @@ fn a_fresh_resource_costs_one_creation() {
     assert_eq!(world.disk.operations(a.client) - before, 10);
 }
 
-/// How an owner that holds a block ends, and after how many seconds it is seen gone: by
-/// whom of `watcher` (elsewhere), and by one on its own host.
+/// How an owner that holds a block ends, and after how many seconds it is seen gone: from
+/// another host, and from its own.
 #[test]
 fn the_dead_are_seen_at_once_where_there_is_proof_and_by_heartbeat_where_not() {
     let job = |restart_count| JobRef {
@@ -452,11 +452,11 @@ proptest! {
                 }
                 Step::Pass(seconds) => pass(&world, &mut slots, seconds),
             }
-            for slot in 0..slots.len() {
-                if world.disk.is_dead(slots[slot].launch.client) {
-                    world.deaths.end_process(&slots[slot].launch.owner.process);
-                    let launch = world.join_as(&host(slot), None);
-                    slots[slot] = Slot { launch, holds: Vec::new() };
+            for (at, slot) in slots.iter_mut().enumerate() {
+                if world.disk.is_dead(slot.launch.client) {
+                    world.deaths.end_process(&slot.launch.owner.process);
+                    let launch = world.join_as(&host(at), None);
+                    *slot = Slot { launch, holds: Vec::new() };
                 }
             }
 

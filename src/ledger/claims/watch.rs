@@ -227,8 +227,9 @@ mod tests {
     #[test]
     fn a_heartbeat_has_stopped_when_it_is_old_and_seen_not_to_beat() {
         let config = ClaimsConfig::default();
-        // The age at each look, and the first look at which the heartbeat has stopped.
-        let table: [(&str, fn(f64) -> f64, Option<u32>); 8] = [
+        type AgeAtLook = fn(f64) -> f64;
+        // And the first look at which the heartbeat has stopped.
+        let table: [(&str, AgeAtLook, Option<u32>); 8] = [
             ("beats", |look| look % 5.0, None),
             ("dies", |look| look, Some(120)),
             ("died days ago", |look| 2e5 + look, Some(30)),
