@@ -4,9 +4,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::owner::{OwnerFile, OwnerProgress};
+use super::owner::{OwnerFile, OwnerProgress, OwnerState};
 use super::store::{ClaimStore, FsStore};
-use crate::Error;
+use crate::{Error, Result};
 
 /// Replaces the owner file again and again until stopped or dropped. A failure (the run
 /// directory vanished, is read-only or full) is kept for [`Heartbeat::error`], and the
@@ -80,6 +80,19 @@ impl Heartbeat {
 
     /// Ends the thread; no heartbeat is written after. Waits for one being written.
     pub fn stop(self) {}
+
+    /// Ends the thread and says good-bye: all that this launch holds is free at once.
+    ///
+    /// # Errors
+    /// The owner file cannot be written.
+    pub fn leave(self, mut store: FsStore, mut file: OwnerFile, how: &str) -> Result<()> {
+        let progress = self.progress();
+        self.stop();
+        file.state = OwnerState::Left;
+        file.left_with = Some(how.to_owned());
+        file.progress = progress.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        store.replace(&OwnerFile::name(file.launch), &file.to_bytes())
+    }
 }
 
 impl Drop for Heartbeat {

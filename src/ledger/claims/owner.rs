@@ -95,6 +95,8 @@ pub struct OwnerProgress {
     pub records_done: u64,
     /// Error records among them.
     pub records_failed: u64,
+    /// Records of the input, once this launch has read it to its end.
+    pub records_total: Option<u64>,
     /// Tokens that this launch generated.
     pub new_tokens: u64,
     /// Its present rate.

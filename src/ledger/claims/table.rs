@@ -11,7 +11,6 @@ use super::owner::{
 };
 use super::store::ClaimStore;
 use super::watch::{SeenOwner, Silence, Watch};
-use crate::ledger::crc32::crc32;
 use crate::{Error, Result};
 
 /// How claims tell the living from the dead.
@@ -72,14 +71,14 @@ impl Claim {
     /// A line of JSON and a line with its checksum: half of it is no claim.
     fn to_bytes(&self) -> Result<Vec<u8>> {
         let mut bytes = serde_json::to_vec(self).map_err(Error::fault)?;
-        let sum = crc32(&[&bytes]);
+        let sum = crc32fast::hash(&bytes);
         bytes.extend(format!("\n{sum:08x}\n").into_bytes());
         Ok(bytes)
     }
 
     fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let (json, sum) = bytes.split_at_checked(bytes.len().checked_sub(10)?)?;
-        let is_whole = sum == format!("\n{:08x}\n", crc32(&[json])).as_bytes();
+        let is_whole = sum == format!("\n{:08x}\n", crc32fast::hash(json)).as_bytes();
         is_whole.then(|| serde_json::from_slice(json).ok())?
     }
 }

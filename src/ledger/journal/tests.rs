@@ -8,7 +8,6 @@ use proptest::prelude::*;
 
 use super::frame::{Kind, encode, run_seed};
 use super::*;
-use crate::Error;
 
 const RUN: &str = "run-key";
 
