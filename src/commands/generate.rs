@@ -484,6 +484,7 @@ impl Run<'_> {
             claim_records: owner.run.file().claim_records,
             run_key: self.plan.run_key.clone(),
             retry: self.job.retry,
+            take_records: (2 * self.job.model.max_batch_size * leaders.size()) as u64,
         };
         let stored = Some(journals.lines()?);
         let journals = Box::new(journals);
