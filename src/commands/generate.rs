@@ -1,7 +1,7 @@
 //! `farm generate` and `farm score`: the main job, from a prompts file to ordered
 //! JSONL and statistics.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::OsString;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -366,6 +366,7 @@ impl Run<'_> {
                     records: Records::new(self.job.mode, self.run_info(), preparer),
                     journal: &mut journal,
                     run_key: &self.plan.run_key,
+                    waiting: VecDeque::new(),
                     in_work: HashMap::new(),
                     slots: self.job.model.max_batch_size,
                     meter,
