@@ -28,6 +28,7 @@ use crate::ledger::{
     estimate_cost,
 };
 use crate::model::{ModelRunner, WeightDtype};
+use crate::slurm::OomWatch;
 use crate::stage::{self, StageFallback, StageOptions, Staged};
 use crate::stats::events::{self, EventLog};
 use crate::stats::meter::{Meter, ModelCost, StepWork};
@@ -184,8 +185,17 @@ impl Job {
 
         let mut meter = Meter::new(model_cost(&loaded.runner));
         let topology = &topology;
-        let run =
-            Run { job: self, rank, topology, plan: &plan, stop: &stop, deadline: &deadline, start };
+        let oom = &OomWatch::start();
+        let run = Run {
+            job: self,
+            rank,
+            topology,
+            plan: &plan,
+            stop: &stop,
+            deadline: &deadline,
+            oom,
+            start,
+        };
         let outcome = run.work(loaded, owner.as_mut(), &mut meter, &mut events);
         // Statistics are written also after a failure; its error counts more than theirs.
         let closed = run.close(rank, owner.as_ref(), &staged, &phases, meter, events, &outcome);
@@ -323,6 +333,7 @@ struct Run<'a> {
     plan: &'a RunPlan,
     stop: &'a StopSignal,
     deadline: &'a Deadline,
+    oom: &'a OomWatch,
     start: Instant,
 }
 
@@ -362,6 +373,7 @@ impl Run<'_> {
                     progress: None,
                     stop: self.stop,
                     deadline: self.deadline,
+                    oom: self.oom,
                     measured: Measured::default(),
                     start: self.start,
                 };
@@ -472,6 +484,7 @@ impl Run<'_> {
             claim_records: owner.run.file().claim_records,
             run_key: self.plan.run_key.clone(),
             retry: self.job.retry,
+            take_records: (2 * self.job.model.max_batch_size * leaders.size()) as u64,
         };
         let stored = Some(journals.lines()?);
         let journals = Box::new(journals);

@@ -124,7 +124,7 @@ impl PromptsSource {
     /// Records in a claim block: so many blocks that jobs can share them evenly, so few that
     /// claiming them costs nothing.
     fn claim_records(&self) -> Result<u64> {
-        const BLOCKS: u64 = 512;
+        const BLOCKS: u64 = 256;
         const SAMPLE_RECORDS: usize = 1000;
         let mut reader = self.open()?;
         let sampled = reader.by_ref().take(SAMPLE_RECORDS).count() as u64;

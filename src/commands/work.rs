@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
+use crate::comm::host_name;
 use crate::commands::deadline::{Deadline, Measured};
 use crate::commands::records::{Done, Records};
 use crate::commands::signals::StopSignal;
@@ -13,6 +14,7 @@ use crate::ledger::{
     Finished, LinkState, Load, RecordId, RecordSink, RunProgress, Task, WorkerLink, token_cost,
 };
 use crate::model::{Logits, ModelRunner, Runner, StepBatch};
+use crate::slurm::OomWatch;
 use crate::stats::events::EventLog;
 use crate::stats::meter::{Meter, StepWork};
 use crate::stats::progress::{Progress, ProgressState};
@@ -82,6 +84,8 @@ pub struct Worker<'a> {
     pub stop: &'a StopSignal,
     /// When the job ends.
     pub deadline: &'a Deadline,
+    /// Whether the kernel has ended a process of this job for want of memory.
+    pub oom: &'a OomWatch,
     /// What steps and syncs took so far.
     pub measured: Measured,
     /// The job's start.
@@ -117,6 +121,10 @@ impl Worker<'_> {
         {
             self.events.emit(self.start.elapsed(), "drain", json!({ "why": why }));
             tracing::info!("{why}: unfinished texts are saved, the same command goes on with them");
+            // A rank that was killed for its memory makes the launcher end all the others.
+            if let Some(message) = self.oom.message(&host_name()) {
+                tracing::error!("{message}");
+            }
             link.request_stop();
         }
         link.state() != LinkState::Stopped

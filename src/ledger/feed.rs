@@ -12,7 +12,7 @@
 //! [`ClaimStore`](super::claims::ClaimStore) and [`JournalIndex`]. Left out: who of this launch's ranks gets a
 //! record ([`Handout`](super::Handout)).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
 use super::claims::{Claims, LaunchId, Standing};
@@ -100,6 +100,8 @@ pub struct FeedConfig {
     pub run_key: String,
     /// Work on the failed records again.
     pub retry: bool,
+    /// How many records to take at once of what others leave.
+    pub take_records: u64,
 }
 
 /// Seconds between two looks at what others hold, while there is nothing else to do …
@@ -127,6 +129,10 @@ pub struct Feed {
     next_index: u64,
     total: Option<u64>,
     looked_seconds: f64,
+    /// The block that the next look begins with.
+    look_from: u64,
+    /// Launches that were gone when the journals were last read.
+    settled: HashSet<LaunchId>,
     shared: bool,
     wishing: bool,
 }
@@ -172,6 +178,8 @@ impl Feed {
             next_index: 0,
             total: None,
             looked_seconds: f64::NEG_INFINITY,
+            look_from: 0,
+            settled: HashSet::new(),
             shared: false,
             wishing: false,
         }
@@ -330,15 +338,24 @@ impl Feed {
         self.blocks.values().any(|&holder| holder == Block::Others)
     }
 
-    /// Whether the block is this launch's now.
+    /// Whether the block is this launch's now, and what its former owner did is known.
     fn claim(&mut self, block: u64, now_seconds: f64) -> Result<bool> {
+        let mine = self.take(block, now_seconds)?;
         let name = block_name(block);
-        let mine = self.claims.claim(&name, now_seconds)? == Standing::Mine;
-        self.shared |= !mine;
         if mine && self.claims.generation(&name) > 1 {
-            // Its former owner may have journalled since the last look.
-            self.refresh()?;
+            // A launch that was gone at the last look has journalled nothing since.
+            let former = self.claims.taken_over_from(&name);
+            if former.is_none_or(|launch| !self.settled.contains(&launch)) {
+                self.refresh()?;
+                self.settled.extend(former);
+            }
         }
+        Ok(mine)
+    }
+
+    fn take(&mut self, block: u64, now_seconds: f64) -> Result<bool> {
+        let mine = self.claims.claim(&block_name(block), now_seconds)? == Standing::Mine;
+        self.shared |= !mine;
         self.blocks.insert(block, if mine { Block::Mine } else { Block::Others });
         Ok(mine)
     }
@@ -358,18 +375,34 @@ impl Feed {
         }
         self.looked_seconds = now_seconds;
         self.refresh()?;
-        let others = self.blocks.iter().filter(|(_, holder)| **holder == Block::Others);
-        let others: Vec<u64> = others.map(|(&block, _)| block).collect();
-        let mut taken = false;
-        for block in others.into_iter().take(LOOK_BLOCKS) {
-            if self.records_of(block).all(|index| self.is_done(index)) {
+        let mut taken = 0;
+        for block in self.others_from(self.look_from).into_iter().take(LOOK_BLOCKS) {
+            self.look_from = block + 1;
+            let mut records = self.records_of(block);
+            if records.all(|index| self.is_done(index)) {
                 self.blocks.remove(&block);
-            } else if !taken {
-                taken = self.claim(block, now_seconds)?;
+            } else if self.take(block, now_seconds)? {
+                let records = self.records_of(block);
+                taken += records.end - records.start;
+            }
+            if taken >= self.config.take_records {
+                break;
             }
         }
-        self.wish(!taken && self.others_hold_some())?;
-        Ok(taken)
+        if taken > 0 {
+            // What the former owners did to the end.
+            self.refresh()?;
+            self.looked_seconds = f64::NEG_INFINITY;
+        }
+        self.wish(taken < self.config.take_records && self.others_hold_some())?;
+        Ok(taken > 0)
+    }
+
+    /// The others' blocks, from `first` on and round.
+    fn others_from(&self, first: u64) -> Vec<u64> {
+        let (before, after) = (self.blocks.range(..first), self.blocks.range(first..));
+        let others = after.chain(before).filter(|(_, holder)| **holder == Block::Others);
+        others.map(|(&block, _)| block).collect()
     }
 
     fn wish(&mut self, wishing: bool) -> Result<()> {

@@ -113,7 +113,9 @@ fn join(
     } else {
         OrderedOutput::create_for_merge(target, run_dir.path()).unwrap()
     };
-    let config = FeedConfig { claim_records: 16, run_key: RUN_KEY.into(), retry: false };
+    let take_records = 8 * comm.size() as u64;
+    let run_key = RUN_KEY.to_owned();
+    let config = FeedConfig { claim_records: 16, run_key, retry: false, take_records };
     let stored = Some(journals.lines().unwrap());
     // The source lives as long as the test.
     let mut sources = std::iter::repeat_with(source).take(100).collect::<Vec<_>>();
@@ -222,7 +224,7 @@ fn fewer_records_than_ranks_and_none_at_all_end_too() {
 /// writes the output again.
 #[test]
 fn stopped_runs_are_finished_by_later_launches_and_nothing_is_done_twice() {
-    const COUNT: u64 = 5000;
+    const COUNT: u64 = 2000;
     let folder = tempfile::tempdir().unwrap();
     let expected: String = (0..COUNT).map(line).collect();
     let mut all = Vec::new();
@@ -279,7 +281,8 @@ fn several_launches_share_a_run() {
     let shares: Vec<usize> = jobs.iter().map(|(_, done)| done.len()).collect();
     let all = jobs.into_iter().flat_map(|(_, done)| done).collect();
     assert!(sorted(all).into_iter().eq(0..COUNT), "each record once");
-    assert!(shares.iter().all(|&share| share > 0), "{shares:?}");
+    let helped = shares.iter().filter(|share| **share > 0).count();
+    assert!(helped > 1, "{shares:?}");
     let expected: String = (0..COUNT).map(line).collect();
     assert_eq!(output(folder.path()), expected);
     let errors = std::fs::read_to_string(folder.path().join("run/errors.jsonl")).unwrap();
