@@ -163,6 +163,9 @@ impl Job {
         let (plan, mut owner) = self.plan_together(rank, start)?;
         let attached = owner.as_ref().map_or(Ok(()), |_| events.attach(&plan.run_dir));
         agree(world, attached)?;
+        if let Some(owner) = &owner {
+            events.emit(start.elapsed(), "resume", json!(owner.resumed));
+        }
         phases.start_seconds = start.elapsed().as_secs_f64();
         if plan.finished {
             return write_again(world, owner);

@@ -95,7 +95,7 @@ fn join(
         host: "node1".into(),
         started_unix_seconds: 1,
     };
-    let file = RunFile::new(identity, 16, facts.clone(), Vec::new());
+    let file = RunFile::new(identity, 32, facts.clone(), Vec::new());
     let run_dir = RunDir::open(&run, file, ExistingRun::Resume).unwrap();
     let evidence = Box::new(HostEvidence::new(|_| None));
     let config = ClaimsConfig { heartbeat_seconds: 0.5, ..ClaimsConfig::default() };
@@ -115,7 +115,7 @@ fn join(
     };
     let take_records = 8 * comm.size() as u64;
     let run_key = RUN_KEY.to_owned();
-    let config = FeedConfig { claim_records: 16, run_key, retry: false, take_records };
+    let config = FeedConfig { claim_records: 32, run_key, retry: false, take_records };
     let stored = Some(journals.lines().unwrap());
     // The source lives as long as the test.
     let mut sources = std::iter::repeat_with(source).take(100).collect::<Vec<_>>();
@@ -224,7 +224,7 @@ fn fewer_records_than_ranks_and_none_at_all_end_too() {
 /// writes the output again.
 #[test]
 fn stopped_runs_are_finished_by_later_launches_and_nothing_is_done_twice() {
-    const COUNT: u64 = 2000;
+    const COUNT: u64 = 5000;
     let folder = tempfile::tempdir().unwrap();
     let expected: String = (0..COUNT).map(line).collect();
     let mut all = Vec::new();
@@ -262,7 +262,7 @@ fn a_failing_input_stops_every_rank_with_its_error() {
 #[test]
 fn several_launches_share_a_run() {
     const COUNT: u64 = 1200;
-    const STEP: Duration = Duration::from_millis(3);
+    const STEP: Duration = Duration::from_millis(6);
     let folder = tempfile::tempdir().unwrap();
     let jobs: Vec<_> = std::thread::scope(|scope| {
         let start = |ranks| {

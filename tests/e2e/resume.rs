@@ -239,9 +239,9 @@ fn ten_equal_prompts_are_ten_records() {
 fn jobs_on_one_run_share_its_records() {
     let scratch = Scratch::new();
     let prompts = prompts(&scratch);
-    let expected = long_run(&scratch, "undisturbed", Launch::Alone).prompts(&prompts);
+    let slow = |name: &str| long_run(&scratch, name, Launch::Alone).flag("--max-batch-size", "1");
+    let (expected, farm) = (slow("undisturbed").prompts(&prompts), slow("run").prompts(&prompts));
     expected.ends_with(0);
-    let farm = long_run(&scratch, "run", Launch::Alone).prompts(&prompts);
     let mut first = farm.start();
     assert!(first.reaches(|| farm.done() > 0), "it ended too early");
     let status = Farm::plain(["status", "--json"]).arg(farm.run_dir()).output().expect("farm");
