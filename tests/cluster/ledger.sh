@@ -56,7 +56,7 @@ long_arguments() {
 # $SEED sets what is drawn; the moments are those of the machine. How many kills there were lands in $kills_done.
 killed_run() {
     local name=$1 prompts=$2 kills=$3 ms_max=$4
-    local how nodes ranks first batch delay_ms victim stays job=""
+    local how nodes ranks batch delay_ms victim stays spare job="" job_nodes=4
     local deck=() last_launch=none lost_total=0 records started=$SECONDS
     declare -A kinds=()
     records=$(grep -c . "$prompts")
@@ -70,7 +70,8 @@ killed_run() {
         account
         start_or_go_on
     done
-    eventually 600 job_is "$job" COMPLETED || fail "the last job is $(job_state "$job"): $(tail -n 3 "$(log_of "$job")")"
+    eventually 600 is_at_its_end || true
+    is_over || fail "the last job is $(job_state "$job"): $(tail -n 3 "$(log_of "$job")")"
     say "$kills_done kills (rank ${kinds[rank]:-0}, node ${kinds[node]:-0}, cancel ${kinds[cancel]:-0}, requeue" \
         "${kinds[requeue]:-0}) in $((SECONDS - started)) s: of $records records $lost_total were generated again," \
         "$(frames "$SAVED" "$name") unfinished texts were saved, $(status_of "$name" duplicates) duplicates"
@@ -82,7 +83,7 @@ write_job() {
     grep '^#SBATCH' "$APPS/share/farm/slurm/farm-cpu.sbatch"
     echo ". $SCRATCH/$name/drawn"
     # shellcheck disable=SC2016 # for the job
-    echo 'export FARM_SRUN_ARGS="--mpi=pmix -N $nodes -n $ranks --relative=$first" FARM_MAX_BATCH_SIZE=$batch'
+    echo 'export FARM_SRUN_ARGS="--mpi=pmix -N $nodes -n $ranks" FARM_MAX_BATCH_SIZE=$batch'
     echo "exec bash $APPS/share/farm/slurm/farm-cpu.sbatch \"\$@\""
 }
 
@@ -94,27 +95,38 @@ draw() {
     unset "deck[card]"
     deck=("${deck[@]}")
     nodes=$((RANDOM % 4 + 1)) batch=$((RANDOM % 8 + 1))
-    ranks=$((nodes + RANDOM % (nodes + 1))) first=$((RANDOM % (5 - nodes)))
+    ranks=$((nodes + RANDOM % (nodes + 1))) spare=$((RANDOM % 2))
     delay_ms=$(((RANDOM * 32768 + RANDOM) % ms_max)) victim=$RANDOM stays=$((RANDOM % 2))
-    echo "nodes=$nodes ranks=$ranks first=$first batch=$batch" > "$SCRATCH/$name/drawn"
 }
 
 log_of() { echo "$SCRATCH/$name/job-$1.log"; }
 
-# A job that queued itself again after its kill, or was requeued, goes on half the time, else another job does.
+# A job that queued itself again after its kill, or was requeued, goes on half the time, else another job does. Half
+# of these do without the first node, so that another host takes over.
 start_or_go_on() {
+    local without=()
     draw
     if [ -n "$job" ] && job_is "$job" PENDING; then
         if [ "$stays" = 1 ]; then
+            write_drawn
             cluster hurry "$job" || fail "job $job does not come back"
             return
         fi
         login scancel "$job"
     fi
+    job_nodes=$((4 - spare))
+    [ $spare = 0 ] || without=(--exclude=n1)
+    write_drawn
     # shellcheck disable=SC2046 # a list of arguments
-    job=$(login sbatch --parsable -N4 --ntasks-per-node=2 --output="$(log_of %j)" \
+    job=$(login sbatch --parsable -N $job_nodes "${without[@]}" --ntasks-per-node=2 --output="$(log_of %j)" \
         "$SCRATCH/$name/job.sh" $(long_arguments "$name" "$prompts"))
     eventually 30 job_is "$job" RUNNING || fail "job $job is $(job_state "$job")"
+}
+
+write_drawn() {
+    [ "$nodes" -le $job_nodes ] || nodes=$job_nodes
+    [ "$ranks" -le $((2 * nodes)) ] || ranks=$((2 * nodes))
+    echo "nodes=$nodes ranks=$ranks batch=$batch" > "$SCRATCH/$name/drawn"
 }
 
 # The processes of farm on all nodes, or on the node given, as the login node (that node) counts them.
@@ -139,8 +151,10 @@ strike() {
     eventually 60 at_rest || fail "after kill $kills_done ($how) job $job is $(job_state "$job")"
 }
 
+is_at_its_end() { case $(job_state "$job") in PENDING | RUNNING | COMPLETING | CONFIGURING) return 1 ;; esac; }
 is_over() { job_is "$job" COMPLETED; }
-farm_runs_or_is_over() { farm_runs || is_over; }
+farm_runs_or_is_at_its_end() { case $(job_state "$job") in PENDING | RUNNING | COMPLETING | CONFIGURING) return 1 ;; esac; }
+is_over() { farm_runs || is_over; }
 
 strike_rank() {
     local pids
@@ -179,8 +193,8 @@ account() {
     lost=$(($(frames "$STARTED" "$name" "$launch") - finished - saved))
     most=$((ranks * batch))
     case $how in cancel | requeue) most=0 ;; esac
-    say "$(printf 'kill %2d: %-7s after %5d ms, %d ranks x %d from n%d on %d nodes: launch %s: %4d records, %2d saved, %2d lost; %s' \
-        "$kills_done" "$how" "$delay_ms" "$ranks" "$batch" $((first + 1)) "$nodes" "$launch" "$finished" "$saved" "$lost" "$(said_at_start)")"
+    say "$(printf 'kill %2d: %-7s after %5d ms, %d ranks x %d on %d nodes from n%d: launch %s: %4d records, %2d saved, %2d lost; %s' \
+        "$kills_done" "$how" "$delay_ms" "$ranks" "$batch" "$nodes" $((5 - job_nodes)) "$launch" "$finished" "$saved" "$lost" "$(said_at_start)")"
     [ "$lost" -le "$most" ] || fail "kill $kills_done ($how) lost $lost records, more than $most"
     lost_total=$((lost_total + lost))
 }
