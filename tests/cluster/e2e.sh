@@ -297,9 +297,10 @@ test_array_on_one_run() {
     local job task
     long_reference
     # shellcheck disable=SC2046 # a list of arguments
-    job=$(login sbatch --parsable --wait --array=0-3 --output="$SCRATCH/array-run-%a.log" \
+    job=$(login sbatch --parsable --array=0-3 --output="$SCRATCH/array-run-%a.log" \
         "$APPS/share/farm/slurm/farm-array.sbatch" $(long_arguments array-run "$LONG_PROMPTS"))
     for task in 0 1 2 3; do
+        eventually 120 job_is "${job}_$task" COMPLETED || fail "task $task is $(job_state "${job}_$task")"
         login scontrol -o show job "${job}_$task" > "$SCRATCH/task"
         expect_match "task $task" "JobState=COMPLETED .*ExitCode=0:0" "$SCRATCH/task"
     done
