@@ -270,7 +270,7 @@ long_reference() {
 # kills.sh has the long one.
 test_a_run_that_is_killed_again_and_again() {
     long_reference
-    killed_run killed "$LONG_PROMPTS" 5 "$(awk "BEGIN { print int($LONG_SECONDS * 2000 / 5 + 500) }")"
+    killed_run killed "$LONG_PROMPTS" 4 "$(awk "BEGIN { print int($LONG_SECONDS * 2000 / 4 + 500) }")"
     [ "$kills_done" -ge 2 ] || fail "the run was over after $kills_done kills"
     same "$LONG_OUTPUT" "$(output killed)"
     each_record_once killed $LONG_RECORDS

@@ -153,8 +153,7 @@ strike() {
 
 is_at_its_end() { case $(job_state "$job") in PENDING | RUNNING | COMPLETING | CONFIGURING) return 1 ;; esac; }
 is_over() { job_is "$job" COMPLETED; }
-farm_runs_or_is_at_its_end() { case $(job_state "$job") in PENDING | RUNNING | COMPLETING | CONFIGURING) return 1 ;; esac; }
-is_over() { farm_runs || is_over; }
+farm_runs_or_is_over() { farm_runs || is_over; }
 
 strike_rank() {
     local pids
