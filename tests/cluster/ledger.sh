@@ -28,8 +28,11 @@ each_record_once() {
     expect "journalled records of $1" "$2" "$finished"
     expect "duplicates in $1" 0 "$(status_of "$1" duplicates)"
     expect "records done in $1" "$2" "$(status_of "$1" records_done)"
-    expect "$1 is complete" true "$(status_of "$1" complete)"
+    # Whose processes were killed counts as at work until that is noticed.
+    eventually 40 is_complete "$1" || fail "$1 is not complete: $(cat "$SCRATCH/status.json")"
 }
+
+is_complete() { [ "$(status_of "$1" complete)" = true ]; }
 
 # ---------------------------------------------------------------- work that takes a while
 
@@ -142,12 +145,12 @@ farm_runs() { [ -n "$(farm_processes)" ]; }
 strike() {
     sleep "$((delay_ms / 1000)).$(printf %03d $((delay_ms % 1000)))"
     case $how in
-        rank | node) eventually 20 farm_runs_or_is_over ;;
+        rank | node) eventually 20 farm_runs_or_is_over || fail "no farm runs: $(tail -n 3 "$(log_of "$job")" | xargs)" ;;
     esac
     ! is_over || return 1
+    "strike_$how" || return 1
     kills_done=$((kills_done + 1))
     kinds[$how]=$((${kinds[$how]:-0} + 1))
-    "strike_$how"
     eventually 60 at_rest || fail "after kill $kills_done ($how) job $job is $(job_state "$job")"
 }
 
@@ -158,6 +161,7 @@ farm_runs_or_is_over() { farm_runs || is_over; }
 strike_rank() {
     local pids
     mapfile -t pids < <(farm_processes)
+    [ ${#pids[@]} -gt 0 ] || return 1
     # shellcheck disable=SC2016 # for that shell
     login sh -c 'kill -KILL "$0"' "${pids[victim % ${#pids[@]}]}" || true
 }
@@ -165,6 +169,7 @@ strike_rank() {
 strike_node() {
     local host hosts=() pids
     for host in n1 n2 n3 n4; do [ -z "$(farm_processes "$host")" ] || hosts+=("$host"); done
+    [ ${#hosts[@]} -gt 0 ] || return 1
     host=${hosts[victim % ${#hosts[@]}]}
     pids=$(farm_processes "$host")
     # shellcheck disable=SC2016,SC2086 # for that shell; a list
