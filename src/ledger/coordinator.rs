@@ -242,7 +242,7 @@ impl Coordinator {
             if !self.handout.wants_more() {
                 return;
             }
-            match self.feed.next(self.now_seconds) {
+            match self.feed.next(self.now_seconds, self.handout.counts().in_window) {
                 Ok(Next::Record(record)) => {
                     let cost = (self.estimate)(&record);
                     self.handout.feed(record, cost);

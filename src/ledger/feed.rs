@@ -185,14 +185,17 @@ impl Feed {
         }
     }
 
-    /// The next record of the input.
+    /// The next record of the input, where `in_window` records wait for a worker here: what
+    /// others leave is taken only when these run out.
     ///
     /// # Errors
     /// The input or the run directory cannot be read, or a record is not what it was when
     /// an earlier launch did it.
-    pub fn next(&mut self, now_seconds: f64) -> Result<Next> {
+    pub fn next(&mut self, now_seconds: f64, in_window: u64) -> Result<Next> {
         if self.pass.is_none() {
-            if self.total.is_some() && !self.look(now_seconds)? {
+            let hungry = in_window < self.config.take_records.div_ceil(2);
+            if self.total.is_some() && !(hungry && self.look(now_seconds)?) {
+                self.wish(hungry && self.others_hold_some())?;
                 return Ok(if self.others_hold_some() { Next::Wait } else { Next::End });
             }
             self.next_index = 0;
@@ -394,7 +397,7 @@ impl Feed {
             self.refresh()?;
             self.looked_seconds = f64::NEG_INFINITY;
         }
-        self.wish(taken < self.config.take_records && self.others_hold_some())?;
+        self.wish(taken == 0 && self.others_hold_some())?;
         Ok(taken > 0)
     }
 

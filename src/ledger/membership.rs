@@ -3,7 +3,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::RunDir;
 use super::claims::{
@@ -44,7 +43,8 @@ impl Membership {
         let heartbeat_seconds = config.heartbeat_seconds;
         let store = Box::new(FsStore::new(run_dir)?);
         let mut claims = Claims::join(store, evidence, owner, config, 0.0)?;
-        let file = claims.owner_file(&OwnerProgress::default());
+        let starting = OwnerProgress { phase: "starting".into(), ..OwnerProgress::default() };
+        let file = claims.owner_file(&starting);
         let file = file.ok_or_else(|| Error::fault("a launch without an owner file"))?;
         let heartbeat = Heartbeat::start(FsStore::new(run_dir)?, file.clone(), heartbeat_seconds);
         let progress = heartbeat.progress();
@@ -84,10 +84,7 @@ impl Membership {
 
     /// Changes what others see of this launch, from the next heartbeat on.
     pub fn progress(&self, change: impl FnOnce(&mut OwnerProgress)) {
-        let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
-        change(&mut progress);
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        progress.updated_unix_seconds = now.map_or(0, |now| now.as_secs());
+        change(&mut self.progress.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Why the heartbeat fails: the run directory has vanished, is full or read-only.

@@ -262,7 +262,7 @@ fn a_failing_input_stops_every_rank_with_its_error() {
 #[test]
 fn several_launches_share_a_run() {
     const COUNT: u64 = 1200;
-    const STEP: Duration = Duration::from_millis(3);
+    const STEP: Duration = Duration::from_millis(6);
     let folder = tempfile::tempdir().unwrap();
     let jobs: Vec<_> = std::thread::scope(|scope| {
         let start = |ranks| {

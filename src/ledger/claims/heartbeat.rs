@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::owner::{OwnerFile, OwnerProgress, OwnerState};
 use super::store::{ClaimStore, FsStore};
@@ -115,6 +115,8 @@ fn beat(
     let name = OwnerFile::name(file.launch);
     loop {
         file.progress = progress.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        file.progress.updated_unix_seconds = now.map_or(0, |now| now.as_secs());
         let outcome = store.replace(&name, &file.to_bytes());
         let mut state = shared.state();
         if outcome.is_ok() {
