@@ -16,7 +16,7 @@ CARGO ?= cargo
 FEATURE_FLAGS := $(if $(FEATURES),--features $(FEATURES))
 RELEASE := $(or $(CARGO_TARGET_DIR),target)/release/farm
 
-.PHONY: help build demo test bench install fmt lint doc clean
+.PHONY: help build demo test kills bench install fmt lint doc clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -32,6 +32,10 @@ demo: build ## install what is missing, build, answer a few prompts on two ranks
 test: ## every test: unit, MPI by mpirun, and end to end on a Slurm cluster of this machine's own
 	@.ci/deps.sh build test
 	$(CARGO) test --locked
+
+kills: build ## the long tests of runs that are killed: thirty kills, short time limits (some ten minutes)
+	@.ci/deps.sh test
+	FARM_BIN=$(RELEASE) tests/cluster/kills.sh
 
 bench: ## the benchmarks
 	@.ci/deps.sh build

@@ -1,7 +1,7 @@
 //! `farm generate` and `farm score`: the main job, from a prompts file to ordered
 //! JSONL and statistics.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::OsString;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -28,6 +28,7 @@ use crate::ledger::{
     estimate_cost,
 };
 use crate::model::{ModelRunner, WeightDtype};
+use crate::slurm::OomWatch;
 use crate::stage::{self, StageFallback, StageOptions, Staged};
 use crate::stats::events::{self, EventLog};
 use crate::stats::meter::{Meter, ModelCost, StepWork};
@@ -162,6 +163,9 @@ impl Job {
         let (plan, mut owner) = self.plan_together(rank, start)?;
         let attached = owner.as_ref().map_or(Ok(()), |_| events.attach(&plan.run_dir));
         agree(world, attached)?;
+        if let Some(owner) = &owner {
+            events.emit(start.elapsed(), "resume", json!(owner.resumed));
+        }
         phases.start_seconds = start.elapsed().as_secs_f64();
         if plan.finished {
             return write_again(world, owner);
@@ -184,8 +188,17 @@ impl Job {
 
         let mut meter = Meter::new(model_cost(&loaded.runner));
         let topology = &topology;
-        let run =
-            Run { job: self, rank, topology, plan: &plan, stop: &stop, deadline: &deadline, start };
+        let oom = &OomWatch::start();
+        let run = Run {
+            job: self,
+            rank,
+            topology,
+            plan: &plan,
+            stop: &stop,
+            deadline: &deadline,
+            oom,
+            start,
+        };
         let outcome = run.work(loaded, owner.as_mut(), &mut meter, &mut events);
         // Statistics are written also after a failure; its error counts more than theirs.
         let closed = run.close(rank, owner.as_ref(), &staged, &phases, meter, events, &outcome);
@@ -323,6 +336,7 @@ struct Run<'a> {
     plan: &'a RunPlan,
     stop: &'a StopSignal,
     deadline: &'a Deadline,
+    oom: &'a OomWatch,
     start: Instant,
 }
 
@@ -355,6 +369,7 @@ impl Run<'_> {
                     records: Records::new(self.job.mode, self.run_info(), preparer),
                     journal: &mut journal,
                     run_key: &self.plan.run_key,
+                    waiting: VecDeque::new(),
                     in_work: HashMap::new(),
                     slots: self.job.model.max_batch_size,
                     meter,
@@ -362,6 +377,7 @@ impl Run<'_> {
                     progress: None,
                     stop: self.stop,
                     deadline: self.deadline,
+                    oom: self.oom,
                     measured: Measured::default(),
                     start: self.start,
                 };
@@ -472,6 +488,7 @@ impl Run<'_> {
             claim_records: owner.run.file().claim_records,
             run_key: self.plan.run_key.clone(),
             retry: self.job.retry,
+            take_records: (2 * self.job.model.max_batch_size * leaders.size()) as u64,
         };
         let stored = Some(journals.lines()?);
         let journals = Box::new(journals);

@@ -61,7 +61,18 @@ pub struct RunOwner {
     pub prompts: PromptsSource,
     /// This launch on the run, until the work begins.
     pub session: Option<Session>,
-    /// Records that earlier launches had begun, and lost with their process.
+    /// What there was to go on from.
+    pub resumed: Resumed,
+}
+
+/// What a launch goes on from.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Resumed {
+    /// Records that are done.
+    pub records_done: u64,
+    /// Unfinished texts that go on.
+    pub records_saved: u64,
+    /// Records that were in work when their launch ended, to be generated again.
     pub records_lost: u64,
 }
 
@@ -124,7 +135,7 @@ impl PromptsSource {
     /// Records in a claim block: so many blocks that jobs can share them evenly, so few that
     /// claiming them costs nothing.
     fn claim_records(&self) -> Result<u64> {
-        const BLOCKS: u64 = 512;
+        const BLOCKS: u64 = 256;
         const SAMPLE_RECORDS: usize = 1000;
         let mut reader = self.open()?;
         let sampled = reader.by_ref().take(SAMPLE_RECORDS).count() as u64;
@@ -188,7 +199,7 @@ pub fn plan(job: &Job, rank: &Rank, start: Instant) -> Result<(RunPlan, RunOwner
     };
     let run = open_run(job, &checked, launch.clone())?;
     checked.prompts.keep_in(run.path())?;
-    let (session, records_lost) = join(job, rank, &run, &launch)?;
+    let (session, resumed) = join(job, rank, &run, &launch)?;
     let plan = RunPlan {
         run_dir: std::path::absolute(run.path()).map_err(|e| Error::io(run.path(), e))?,
         run_key: checked.identity.short_key(),
@@ -202,7 +213,7 @@ pub fn plan(job: &Job, rank: &Rank, start: Instant) -> Result<(RunPlan, RunOwner
         end_seconds: deadline.end_seconds(),
     };
     let session = Some(session);
-    Ok((plan, RunOwner { run, prompts: checked.prompts, session, records_lost }))
+    Ok((plan, RunOwner { run, prompts: checked.prompts, session, resumed }))
 }
 
 fn open_run(job: &Job, checked: &Checked, launch: ledger::Launch) -> Result<RunDir> {
@@ -225,18 +236,26 @@ fn open_run(job: &Job, checked: &Checked, launch: ledger::Launch) -> Result<RunD
     RunDir::open(path, new, existing)
 }
 
-/// Takes a place on the run and reads what is done; how many records were lost in work.
-fn join(job: &Job, rank: &Rank, run: &RunDir, launch: &ledger::Launch) -> Result<(Session, u64)> {
+/// Takes a place on the run and reads what is done.
+fn join(
+    job: &Job,
+    rank: &Rank,
+    run: &RunDir,
+    launch: &ledger::Launch,
+) -> Result<(Session, Resumed)> {
     let (membership, mut claims) =
         Membership::join(run.path(), job_ref(rank), launch, evidence(), job.claims_config())?;
     warn_of_other_versions(&mut claims, launch)?;
     let run_key = run.file().identity.short_key();
     let mut journals = Journals::new(&RunDir::journal_of(run.path()), &run_key);
+    let owners = claims.owners(0.0)?.into_iter();
+    let gone: Vec<LaunchId> =
+        owners.filter(|seen| seen.gone.is_some()).map(|seen| seen.file.launch).collect();
+    gone.iter().for_each(|&launch| journals.finish_launch(launch));
     journals.refresh()?;
-    journals.take_warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
-    let records_lost = report_resume(&mut claims, &journals)?;
+    let resumed = report_resume(&mut journals, &gone);
     let output = open_output(job, run, &mut claims, &journals)?;
-    Ok((Session { membership, claims, journals, output }, records_lost))
+    Ok((Session { membership, claims, journals, output }, resumed))
 }
 
 /// The job as other launches know it.
@@ -281,21 +300,25 @@ fn warn_of_other_versions(claims: &mut Claims, launch: &ledger::Launch) -> Resul
     Ok(())
 }
 
-/// Says what there is to go on from; the records that launches now gone had begun and
-/// neither finished nor saved: they are generated again.
-fn report_resume(claims: &mut Claims, journals: &Journals) -> Result<u64> {
-    let owners = claims.owners(0.0)?.into_iter();
-    let live: Vec<LaunchId> =
-        owners.filter(|seen| seen.gone.is_none()).map(|seen| seen.file.launch).collect();
-    let lost = journals.lost_by(|launch| !live.contains(&launch));
-    let (done, saved) = (journals.done().len(), journals.saved_records());
-    if done + saved + lost > 0 {
+/// Says what is damaged, and what there is to go on from.
+fn report_resume(journals: &mut Journals, gone: &[LaunchId]) -> Resumed {
+    journals.take_warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
+    let tails = journals.torn_tails().into_iter().filter(|tail| gone.contains(&tail.launch));
+    tails.for_each(|tail| tracing::warn!("{tail}"));
+    let resumed = Resumed {
+        records_done: journals.done().len(),
+        records_saved: journals.saved_records(),
+        records_lost: journals.lost_by(|launch| gone.contains(&launch)),
+    };
+    let Resumed { records_done, records_saved, records_lost } = resumed;
+    if records_done + records_saved + records_lost > 0 {
         tracing::info!(
-            "going on with the run: {done} records are done, {saved} unfinished texts go on, \
-             {lost} records that were in work when their job ended are generated again"
+            "going on with the run: {records_done} records are done, {records_saved} unfinished \
+             texts go on, {records_lost} records that were in work when their job ended are \
+             generated again"
         );
     }
-    Ok(lost)
+    resumed
 }
 
 fn is_finished(job: &Job, session: &Session) -> bool {

@@ -18,7 +18,7 @@ pub struct Done {
     pub finished: Finished,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Tokens generated, all completions together.
+    /// Tokens that this launch generated, all completions together.
     pub new_tokens: usize,
 }
 
@@ -34,6 +34,8 @@ struct Open {
     raw: RawRecord,
     prepared: Prepared,
     outputs: Vec<Option<EngineOutput>>,
+    /// Tokens that earlier launches generated.
+    continued_tokens: usize,
 }
 
 /// The engine's key of a completion: the record's index and the completion's number,
@@ -74,8 +76,10 @@ impl Records {
             params: prepared.request.params.clone(),
             mode: self.mode,
         };
-        let requests = (0..n as u32).map(request).collect();
-        self.open.insert(raw.index, Open { raw, prepared, outputs: vec![None; n] });
+        let requests: Vec<EngineRequest> = (0..n as u32).map(request).collect();
+        let continued_tokens = requests.iter().map(|r| r.generated.token_ids.len()).sum();
+        let outputs = vec![None; n];
+        self.open.insert(raw.index, Open { raw, prepared, outputs, continued_tokens });
         Ok(requests)
     }
 
@@ -87,10 +91,11 @@ impl Records {
         if open.outputs.iter().any(Option::is_none) {
             return None;
         }
-        let Open { raw, prepared, outputs } = self.open.remove(&index)?;
+        let Open { raw, prepared, outputs, continued_tokens } = self.open.remove(&index)?;
         let outputs: Vec<EngineOutput> = outputs.into_iter().flatten().collect();
         let prompt_tokens = prepared.prompt_token_ids.len();
-        let new_tokens = outputs.iter().map(|o| o.token_ids.len()).sum();
+        let tokens: usize = outputs.iter().map(|o| o.token_ids.len()).sum();
+        let new_tokens = tokens.saturating_sub(continued_tokens);
         let error = outputs.iter().find_map(|output| match &output.finish_reason {
             engine::FinishReason::Error(message) => Some(RecordError {
                 code: ErrorCode::GenerationFailed,

@@ -2,7 +2,7 @@
 //!
 //! One request can come as several signals: on `scancel`, a preemption or the time limit
 //! Slurm sends TERM to every process, and the batch script, which gets it too, hands USR1
-//! on. So what follows within [`SAME_REQUEST`] is the same request, unless it is a second
+//! on. So what follows within three seconds is the same request, unless it is a second
 //! Ctrl-C.
 
 use std::sync::Arc;

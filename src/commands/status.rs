@@ -28,6 +28,8 @@ struct Status {
     records_failed: u64,
     /// Unfinished texts that the next launch goes on with.
     records_saved: u64,
+    /// Records that were journalled again by somebody who could not know that they were done.
+    duplicates: u64,
     /// Whether the output of all records was written.
     complete: bool,
     launches: u64,
@@ -83,7 +85,7 @@ fn read(run_dir: &Path) -> Result<Status> {
     let mut journals = Journals::new(&RunDir::journal_of(run_dir), &run.identity.short_key());
     journals.refresh()?;
     let working: Vec<Working> = look.live.iter().map(working).collect();
-    let sum = |figure: fn(&Working) -> f64| working.iter().map(figure).sum::<f64>();
+    let sum = |figure: fn(&Working) -> f64| working.iter().map(figure).fold(0.0, |a, b| a + b);
     let (records_per_second, tokens_per_second) =
         (sum(|w| w.records_per_second), sum(|w| w.tokens_per_second));
     let records_done = journals.done().len();
@@ -98,6 +100,7 @@ fn read(run_dir: &Path) -> Result<Status> {
         records_total,
         records_failed: journals.failed().len(),
         records_saved: journals.saved_records(),
+        duplicates: journals.duplicates(),
         complete: look.merged_records == Some(records_done) && working.is_empty(),
         launches: look.launches,
         working,

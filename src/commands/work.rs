@@ -1,10 +1,11 @@
 //! A rank's share of the run: records in, steps of the engine, finished records out.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
+use crate::comm::host_name;
 use crate::commands::deadline::{Deadline, Measured};
 use crate::commands::records::{Done, Records};
 use crate::commands::signals::StopSignal;
@@ -13,6 +14,7 @@ use crate::ledger::{
     Finished, LinkState, Load, RecordId, RecordSink, RunProgress, Task, WorkerLink, token_cost,
 };
 use crate::model::{Logits, ModelRunner, Runner, StepBatch};
+use crate::slurm::OomWatch;
 use crate::stats::events::EventLog;
 use crate::stats::meter::{Meter, StepWork};
 use crate::stats::progress::{Progress, ProgressState};
@@ -68,6 +70,8 @@ pub struct Worker<'a> {
     pub journal: &'a mut dyn RecordSink,
     /// The run's key, part of every record's.
     pub run_key: &'a str,
+    /// Records for which the engine has no place yet: nothing is lost with them.
+    pub waiting: VecDeque<Task>,
     /// The records in work, as the journal names them.
     pub in_work: HashMap<u64, RecordId>,
     /// Sequences that run at once.
@@ -82,6 +86,8 @@ pub struct Worker<'a> {
     pub stop: &'a StopSignal,
     /// When the job ends.
     pub deadline: &'a Deadline,
+    /// Whether the kernel has ended a process of this job for want of memory.
+    pub oom: &'a OomWatch,
     /// What steps and syncs took so far.
     pub measured: Measured,
     /// The job's start.
@@ -117,10 +123,17 @@ impl Worker<'_> {
         {
             self.events.emit(self.start.elapsed(), "drain", json!({ "why": why }));
             tracing::info!("{why}: unfinished texts are saved, the same command goes on with them");
+            // A rank that was killed for its memory makes the launcher end all the others.
+            if let Some(message) = self.oom.message(&host_name()) {
+                tracing::error!("{message}");
+            }
             link.request_stop();
         }
         link.state() != LinkState::Stopped
-            && (self.engine.has_work() || link.state() == LinkState::Open || link.others_working())
+            && (self.engine.has_work()
+                || !self.waiting.is_empty()
+                || link.state() == LinkState::Open
+                || link.others_working())
     }
 
     fn asked_to_stop(&mut self) -> Option<&'static str> {
@@ -141,11 +154,14 @@ impl Worker<'_> {
         let load = Load {
             slots: self.slots,
             running: self.engine.num_running(),
-            waiting: self.engine.num_waiting(),
+            waiting: self.engine.num_waiting() + self.waiting.len(),
             processed_cost: token_cost(counters.prefill_tokens, counters.decode_tokens),
         };
         let mut done = Vec::new();
-        for task in link.poll(&load, self.start.elapsed().as_secs_f64()) {
+        self.waiting.extend(link.poll(&load, self.start.elapsed().as_secs_f64()));
+        while self.has_place()
+            && let Some(task) = self.waiting.pop_front()
+        {
             self.begin(task, &mut done)?;
         }
         if self.engine.has_work() {
@@ -161,6 +177,10 @@ impl Worker<'_> {
             progress.update(self.start.elapsed(), progress_state(state));
         }
         Ok(())
+    }
+
+    fn has_place(&self) -> bool {
+        self.engine.num_running() + self.engine.num_waiting() < self.slots
     }
 
     /// Gives a record to the engine, or what became of it at once to `done`.

@@ -72,7 +72,7 @@ impl Dealer {
             if !self.handout.wants_more() {
                 return Ok(false);
             }
-            match self.feed.next(now_seconds)? {
+            match self.feed.next(now_seconds, self.handout.counts().in_window)? {
                 Next::Record(record) => {
                     let cost = (self.estimate)(&record);
                     self.handout.feed(record, cost);
@@ -106,9 +106,14 @@ impl Dealer {
     /// The run directory cannot be read or written.
     pub(super) fn share_blocks(&mut self, was_late: bool, now_seconds: f64) -> Result<()> {
         if was_late {
+            // Once all is handed out, what is left of a lost block is in work here; workers know
+            // that no more will come, and may have gone.
+            let has_more = !self.handout.exhausted();
             for records in self.feed.lost()? {
                 self.handout.withdraw(records);
-                self.handout.reopen_input();
+                if has_more {
+                    self.handout.reopen_input();
+                }
             }
         }
         let counts = self.handout.counts();

@@ -12,7 +12,7 @@
 //! [`ClaimStore`](super::claims::ClaimStore) and [`JournalIndex`]. Left out: who of this launch's ranks gets a
 //! record ([`Handout`](super::Handout)).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
 use super::claims::{Claims, LaunchId, Standing};
@@ -100,6 +100,8 @@ pub struct FeedConfig {
     pub run_key: String,
     /// Work on the failed records again.
     pub retry: bool,
+    /// How many records to take at once of what others leave.
+    pub take_records: u64,
 }
 
 /// Seconds between two looks at what others hold, while there is nothing else to do …
@@ -127,6 +129,10 @@ pub struct Feed {
     next_index: u64,
     total: Option<u64>,
     looked_seconds: f64,
+    /// The block that the next look begins with.
+    look_from: u64,
+    /// Launches that were gone when the journals were last read.
+    settled: HashSet<LaunchId>,
     shared: bool,
     wishing: bool,
 }
@@ -172,19 +178,24 @@ impl Feed {
             next_index: 0,
             total: None,
             looked_seconds: f64::NEG_INFINITY,
+            look_from: 0,
+            settled: HashSet::new(),
             shared: false,
             wishing: false,
         }
     }
 
-    /// The next record of the input.
+    /// The next record of the input, where `in_window` records wait for a worker here: what
+    /// others leave is taken only when these run out.
     ///
     /// # Errors
     /// The input or the run directory cannot be read, or a record is not what it was when
     /// an earlier launch did it.
-    pub fn next(&mut self, now_seconds: f64) -> Result<Next> {
+    pub fn next(&mut self, now_seconds: f64, in_window: u64) -> Result<Next> {
         if self.pass.is_none() {
-            if self.total.is_some() && !self.look(now_seconds)? {
+            let hungry = in_window < self.config.take_records.div_ceil(2);
+            if self.total.is_some() && !(hungry && self.look(now_seconds)?) {
+                self.wish(hungry && self.others_hold_some())?;
                 return Ok(if self.others_hold_some() { Next::Wait } else { Next::End });
             }
             self.next_index = 0;
@@ -330,15 +341,24 @@ impl Feed {
         self.blocks.values().any(|&holder| holder == Block::Others)
     }
 
-    /// Whether the block is this launch's now.
+    /// Whether the block is this launch's now, and what its former owner did is known.
     fn claim(&mut self, block: u64, now_seconds: f64) -> Result<bool> {
+        let mine = self.take(block, now_seconds)?;
         let name = block_name(block);
-        let mine = self.claims.claim(&name, now_seconds)? == Standing::Mine;
-        self.shared |= !mine;
         if mine && self.claims.generation(&name) > 1 {
-            // Its former owner may have journalled since the last look.
-            self.refresh()?;
+            // A launch that was gone at the last look has journalled nothing since.
+            let former = self.claims.taken_over_from(&name);
+            if former.is_none_or(|launch| !self.settled.contains(&launch)) {
+                self.refresh()?;
+                self.settled.extend(former);
+            }
         }
+        Ok(mine)
+    }
+
+    fn take(&mut self, block: u64, now_seconds: f64) -> Result<bool> {
+        let mine = self.claims.claim(&block_name(block), now_seconds)? == Standing::Mine;
+        self.shared |= !mine;
         self.blocks.insert(block, if mine { Block::Mine } else { Block::Others });
         Ok(mine)
     }
@@ -358,18 +378,34 @@ impl Feed {
         }
         self.looked_seconds = now_seconds;
         self.refresh()?;
-        let others = self.blocks.iter().filter(|(_, holder)| **holder == Block::Others);
-        let others: Vec<u64> = others.map(|(&block, _)| block).collect();
-        let mut taken = false;
-        for block in others.into_iter().take(LOOK_BLOCKS) {
-            if self.records_of(block).all(|index| self.is_done(index)) {
+        let mut taken = 0;
+        for block in self.others_from(self.look_from).into_iter().take(LOOK_BLOCKS) {
+            self.look_from = block + 1;
+            let mut records = self.records_of(block);
+            if records.all(|index| self.is_done(index)) {
                 self.blocks.remove(&block);
-            } else if !taken {
-                taken = self.claim(block, now_seconds)?;
+            } else if self.take(block, now_seconds)? {
+                let records = self.records_of(block);
+                taken += records.end - records.start;
+            }
+            if taken >= self.config.take_records {
+                break;
             }
         }
-        self.wish(!taken && self.others_hold_some())?;
-        Ok(taken)
+        if taken > 0 {
+            // What the former owners did to the end.
+            self.refresh()?;
+            self.looked_seconds = f64::NEG_INFINITY;
+        }
+        self.wish(taken == 0 && self.others_hold_some())?;
+        Ok(taken > 0)
+    }
+
+    /// The others' blocks, from `first` on and round.
+    fn others_from(&self, first: u64) -> Vec<u64> {
+        let (before, after) = (self.blocks.range(..first), self.blocks.range(first..));
+        let others = after.chain(before).filter(|(_, holder)| **holder == Block::Others);
+        others.map(|(&block, _)| block).collect()
     }
 
     fn wish(&mut self, wishing: bool) -> Result<()> {

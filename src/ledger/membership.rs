@@ -3,7 +3,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::RunDir;
 use super::claims::{
@@ -23,7 +22,6 @@ pub struct Membership {
     merge: u32,
     merged_records: Option<u64>,
     late_seconds: f64,
-    noticed_seconds: f64,
 }
 
 impl Membership {
@@ -44,7 +42,8 @@ impl Membership {
         let heartbeat_seconds = config.heartbeat_seconds;
         let store = Box::new(FsStore::new(run_dir)?);
         let mut claims = Claims::join(store, evidence, owner, config, 0.0)?;
-        let file = claims.owner_file(&OwnerProgress::default());
+        let starting = OwnerProgress { phase: "starting".into(), ..OwnerProgress::default() };
+        let file = claims.owner_file(&starting);
         let file = file.ok_or_else(|| Error::fault("a launch without an owner file"))?;
         let heartbeat = Heartbeat::start(FsStore::new(run_dir)?, file.clone(), heartbeat_seconds);
         let progress = heartbeat.progress();
@@ -57,7 +56,6 @@ impl Membership {
             merge,
             merged_records,
             late_seconds,
-            noticed_seconds: 0.0,
         };
         Ok((member, claims))
     }
@@ -84,10 +82,7 @@ impl Membership {
 
     /// Changes what others see of this launch, from the next heartbeat on.
     pub fn progress(&self, change: impl FnOnce(&mut OwnerProgress)) {
-        let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
-        change(&mut progress);
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        progress.updated_unix_seconds = now.map_or(0, |now| now.as_secs());
+        change(&mut self.progress.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Why the heartbeat fails: the run directory has vanished, is full or read-only.
@@ -97,11 +92,9 @@ impl Membership {
 
     /// Whether, since the last time that this was asked, the heartbeat came so late that
     /// others may have thought this launch gone.
-    pub fn was_late(&mut self) -> bool {
-        let gap = self.heartbeat.as_ref().map_or(0.0, Heartbeat::longest_gap_seconds);
-        let late = gap > self.late_seconds && gap > self.noticed_seconds;
-        self.noticed_seconds = self.noticed_seconds.max(gap);
-        late
+    pub fn was_late(&self) -> bool {
+        let gap = self.heartbeat.as_ref().map_or(0.0, Heartbeat::take_longest_gap_seconds);
+        gap > self.late_seconds
     }
 
     /// Leaves: what this launch claimed and did not do is free at once.

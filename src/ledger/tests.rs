@@ -95,7 +95,7 @@ fn join(
         host: "node1".into(),
         started_unix_seconds: 1,
     };
-    let file = RunFile::new(identity, 16, facts.clone(), Vec::new());
+    let file = RunFile::new(identity, 32, facts.clone(), Vec::new());
     let run_dir = RunDir::open(&run, file, ExistingRun::Resume).unwrap();
     let evidence = Box::new(HostEvidence::new(|_| None));
     let config = ClaimsConfig { heartbeat_seconds: 0.5, ..ClaimsConfig::default() };
@@ -113,7 +113,9 @@ fn join(
     } else {
         OrderedOutput::create_for_merge(target, run_dir.path()).unwrap()
     };
-    let config = FeedConfig { claim_records: 16, run_key: RUN_KEY.into(), retry: false };
+    let take_records = 8 * comm.size() as u64;
+    let run_key = RUN_KEY.to_owned();
+    let config = FeedConfig { claim_records: 32, run_key, retry: false, take_records };
     let stored = Some(journals.lines().unwrap());
     // The source lives as long as the test.
     let mut sources = std::iter::repeat_with(source).take(100).collect::<Vec<_>>();
@@ -260,7 +262,7 @@ fn a_failing_input_stops_every_rank_with_its_error() {
 #[test]
 fn several_launches_share_a_run() {
     const COUNT: u64 = 1200;
-    const STEP: Duration = Duration::from_millis(3);
+    const STEP: Duration = Duration::from_millis(6);
     let folder = tempfile::tempdir().unwrap();
     let jobs: Vec<_> = std::thread::scope(|scope| {
         let start = |ranks| {
@@ -279,7 +281,8 @@ fn several_launches_share_a_run() {
     let shares: Vec<usize> = jobs.iter().map(|(_, done)| done.len()).collect();
     let all = jobs.into_iter().flat_map(|(_, done)| done).collect();
     assert!(sorted(all).into_iter().eq(0..COUNT), "each record once");
-    assert!(shares.iter().all(|&share| share > 0), "{shares:?}");
+    let helped = shares.iter().filter(|share| **share > 0).count();
+    assert!(helped > 1, "{shares:?}");
     let expected: String = (0..COUNT).map(line).collect();
     assert_eq!(output(folder.path()), expected);
     let errors = std::fs::read_to_string(folder.path().join("run/errors.jsonl")).unwrap();

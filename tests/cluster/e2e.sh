@@ -4,78 +4,13 @@
 #   FARM_BIN=target/release/farm tests/cluster/e2e.sh
 #   ONLY=staged_on_every_node,… tests/cluster/e2e.sh       some of the tests
 #
-# FARM_BIN: the binary (default: the newer of target/{release,debug}/farm); FARM_MODEL: a model folder (models/tiny).
+# FARM_BIN, FARM_MODEL: see farm.sh. SEED (default: drawn) sets the kills of a_run_that_is_killed_again_and_again.
 # Exit: 0 passed, 1 failed, 77 this machine cannot run a cluster, or there is no binary.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-
-newest_binary() { ls -t "$REPOSITORY"/target/{release,debug}/farm 2> /dev/null | head -n 1; }
-BIN=$(readlink -f "${FARM_BIN:-$(newest_binary)}") || BIN=
-SOURCE_MODEL=$(readlink -f "${FARM_MODEL:-$REPOSITORY/models/tiny}")
-# farm reads FARM_… as its flags; those of the caller are not for the runs below.
-for variable in "${!FARM_@}"; do
-    case $variable in FARM_CLUSTER_*) ;; *) unset "$variable" ;; esac
-done
-
-# ---------------------------------------------------------------- farm, its inputs, its results
-
-# What the tests share on the "parallel file system": the installed farm, the model, the prompts.
-prepare() {
-    APPS=$SCRATCH/apps/farm
-    FARM=$APPS/bin/farm
-    MODEL=$SCRATCH/models/tiny
-    PROMPTS=$SCRATCH/prompts.jsonl
-    make --no-print-directory -s -C "$REPOSITORY" install PREFIX="$APPS" FARM_BIN="$BIN" > /dev/null ||
-        { echo "make install failed"; exit 1; }
-    mkdir -p "$SCRATCH/models"
-    cp -r "$SOURCE_MODEL" "$MODEL"
-    write_prompts 24 > "$PROMPTS"
-}
-
-# Prompts of several lengths, some with an id and sampling of their own.
-write_prompts() {
-    local i words=(the quick brown fox counts seven small stones beside a river)
-    for i in $(seq 0 $(($1 - 1))); do
-        case $((i % 4)) in
-            0) echo "{\"prompt\":\"${words[*]:0:$((i % 11 + 1))}\"}" ;;
-            1) echo "{\"id\":\"record-$i\",\"prompt\":\"Once upon a time\"}" ;;
-            2) echo "{\"prompt\":\"${words[*]:$((i % 7))}\",\"max_new_tokens\":$((i % 5 + 3))}" ;;
-            3) echo "{\"prompt\":\"two plus two is\",\"metadata_$i\":true}" ;;
-        esac
-    done
-}
-
-# arguments NAME ARG…: the usual command line, with a run folder and an output of its own below $SCRATCH/NAME
-arguments() {
-    local name=$1; shift
-    echo "--prompts-file $PROMPTS --model $MODEL --output $SCRATCH/$name/out.jsonl --run-dir $SCRATCH/$name/run" \
-        "--max-new-tokens 16 $*"
-}
-
-# srun_farm NAME RANKS_AND_NODES ARG…
-srun_farm() {
-    local name=$1 size=$2; shift 2
-    # shellcheck disable=SC2046,SC2086 # lists of arguments
-    login srun --mpi=pmix $size "$FARM" $(arguments "$name" "$@")
-}
-
-output() { echo "$SCRATCH/$1/out.jsonl"; }
-
-# complete FILE INPUT: one record an input line, in input order, none failed
-complete() {
-    local wanted
-    wanted=$(grep -c . "$2")
-    expect "records in $1" "$wanted" "$(wc -l < "$1")"
-    expect "order of $1" "$(seq 0 $((wanted - 1)) | xargs)" "$(indices "$1")"
-    if grep -q '"error":{' "$1"; then fail "$1 has error records: $(grep -m 1 '"error":{' "$1")"; fi
-}
-
-indices() { grep -oE '"index":[0-9]+' "$1" | cut -d: -f2 | xargs; }
-
-same() { cmp "$1" "$2" || fail "$2 differs from $1"; }
-
-# stat NAME FIELD: a field of the job's stats.json
-stat_of() { grep -oE "\"$2\": *[^,}]+" "$SCRATCH/$1/run/stats.json" | head -n 1 | sed 's/.*: *//'; }
+. "$HERE/farm.sh"
+. "$HERE/ledger.sh"
+SEED=${SEED:-$((RANDOM * RANDOM % 100000))}
 
 # ---------------------------------------------------------------- one answer, however farm is started
 
@@ -220,25 +155,6 @@ test_missing_model_ends_every_rank_at_once() {
 
 # ---------------------------------------------------------------- templates, through the module
 
-# with_module ROOT CMD…: as in a user's login shell after `module load farm`
-with_module() {
-    local root=$1; shift
-    [ -e /usr/share/lmod ] || skip "no Lmod"
-    # shellcheck disable=SC2016 # for the login shell
-    login bash -lc 'set -e; module use "$0"; module load farm; cd "$1"; shift; "$@"' \
-        "$APPS/share/$root" "$SCRATCH" "$@"
-}
-
-# template NAME OPTIONS_FOR_SBATCH ARG…: submits it, waits for its end, returns its exit code
-template() {
-    local name=$1 options=$2 status=0; shift 2
-    # shellcheck disable=SC2086 # lists of arguments
-    with_module modulefiles sbatch --wait --output="$SCRATCH/$name.log" $options \
-        "$APPS/share/farm/slurm/$name.sbatch" "$@" || status=$?
-    cat "$SCRATCH/$name".log* 2> /dev/null || true
-    return $status
-}
-
 test_module_files() {
     local root
     for root in modulefiles modulefiles-tcl; do
@@ -305,9 +221,6 @@ test_template_array() {
     complete "$SCRATCH/array-1.jsonl" "$SCRATCH/part-01.jsonl"
 }
 
-job_state() { login squeue -h -j "$1" -t all -o %T | head -n 1; }
-job_is() { [ "$(job_state "$1")" = "$2" ]; }
-
 # Starts a template job that takes a while, and waits until its first records are out. Its id lands in $job.
 long_job() {
     local name=$1
@@ -316,11 +229,8 @@ long_job() {
     job=$(with_module modulefiles sbatch --parsable -N2 --output="$SCRATCH/$name.log" \
         "$APPS/share/farm/slurm/farm-cpu.sbatch" --prompts-file "$SCRATCH/$name/prompts.jsonl" --model "$MODEL" \
         --output "$(output "$name")" --run-dir "$SCRATCH/$name/run" --max-new-tokens 200 --ignore-eos --max-batch-size 2)
-    eventually 30 some_records "$SCRATCH/$name" || fail "no records in 30 s: $(tail -n 3 "$SCRATCH/$name.log" | xargs)"
+    eventually 30 some_records "$name" || fail "no records in 30 s: $(tail -n 3 "$SCRATCH/$name.log" | xargs)"
 }
-
-# Records are in the ranks' part files before their turn in the output comes.
-some_records() { [ -n "$(find "$1" \( -name '*.partial' -o -path '*/parts/*' \) -size +0)" ]; }
 
 # What Slurm does two minutes before the time limit; the job comes back and goes on.
 test_warned_job_requeues_itself_and_finishes() {
@@ -341,12 +251,92 @@ test_cancelled_job_does_not_come_back() {
     if grep -q "restart 1 of" "$SCRATCH/cancel.log"; then fail "a cancelled job queued itself again"; fi
 }
 
+# ---------------------------------------------------------------- the ledger: runs that are killed, runs of several jobs
+
+LONG_RECORDS=400
+
+# What the runs below must come to, and how long its work takes: $LONG_PROMPTS, $LONG_OUTPUT, $LONG_SECONDS.
+long_reference() {
+    LONG_PROMPTS=$SCRATCH/long.jsonl LONG_OUTPUT=$(output long)
+    if [ ! -e "$LONG_OUTPUT" ]; then
+        write_long_prompts $LONG_RECORDS > "$LONG_PROMPTS"
+        # shellcheck disable=SC2046 # a list of arguments
+        login srun --mpi=pmix -N4 "$FARM" $(long_arguments long "$LONG_PROMPTS")
+        complete "$LONG_OUTPUT" "$LONG_PROMPTS"
+    fi
+    LONG_SECONDS=$(stat_of long generate_seconds)
+}
+
+# kills.sh has the long one.
+test_a_run_that_is_killed_again_and_again() {
+    long_reference
+    killed_run killed "$LONG_PROMPTS" 5 "$(awk "BEGIN { print int($LONG_SECONDS * 2000 / 5 + 500) }")"
+    [ "$kills_done" -ge 2 ] || fail "the run was over after $kills_done kills"
+    same "$LONG_OUTPUT" "$(output killed)"
+    each_record_once killed $LONG_RECORDS
+}
+
+# The limit leaves each start half of it, and half the records, one at a time on each rank, take longer than that.
+test_time_limit_and_requeues() {
+    local job limit
+    long_reference
+    limit=$(awk "BEGIN { print int($LONG_SECONDS + 1) }")
+    mkdir -p "$SCRATCH/limited"
+    head -n $((LONG_RECORDS / 2)) "$LONG_PROMPTS" > "$SCRATCH/limited/prompts.jsonl"
+    # shellcheck disable=SC2046 # a list of arguments
+    job=$(login sbatch --parsable -N4 --output="$SCRATCH/limited.log" "$APPS/share/farm/slurm/farm-cpu.sbatch" \
+        $(long_arguments limited "$SCRATCH/limited/prompts.jsonl" --max-batch-size 1 --time-limit "${limit}s"))
+    eventually 120 finished_with_requeues "$job" || { cat "$SCRATCH/limited.log"; fail "the job is $(job_state "$job")"; }
+    [ "$(grep -c 'farm-job: job' "$SCRATCH/limited.log")" -ge 2 ] || fail "it needed no requeue"
+    # A record's text depends on its place in the file and not on how many follow.
+    head -n $((LONG_RECORDS / 2)) "$LONG_OUTPUT" | cmp - "$(output limited)" || fail "the output differs"
+    each_record_once limited $((LONG_RECORDS / 2))
+}
+
+test_array_on_one_run() {
+    local job task
+    long_reference
+    # shellcheck disable=SC2046 # a list of arguments
+    job=$(login sbatch --parsable --wait --array=0-3 --output="$SCRATCH/array-run-%a.log" \
+        "$APPS/share/farm/slurm/farm-array.sbatch" $(long_arguments array-run "$LONG_PROMPTS"))
+    for task in 0 1 2 3; do
+        login scontrol -o show job "${job}_$task" > "$SCRATCH/task"
+        expect_match "task $task" "JobState=COMPLETED .*ExitCode=0:0" "$SCRATCH/task"
+    done
+    same "$LONG_OUTPUT" "$(output array-run)"
+    each_record_once array-run $LONG_RECORDS
+    expect "launches" 4 "$(status_of array-run launches)"
+}
+
+live_owners() { login "$FARM" status "$(run_dir "$1")" 2> /dev/null | grep -cE '^ +[0-9]+ +job [0-9]+ on host' || true; }
+live_owners_are() { [ "$(live_owners "$1")" = "$2" ]; }
+
+# One of the two jobs is killed for good, the other finishes what it leaves.
+test_submit_to_all_partitions() {
+    local jobs
+    long_reference
+    mkdir -p "$SCRATCH/submitted"
+    # shellcheck disable=SC2046 # a list of arguments
+    login "$FARM" submit --partitions=all --stats $(long_arguments submitted "$LONG_PROMPTS" --max-batch-size 1) \
+        > "$SCRATCH/submitted/said"
+    expect_match "what it said" "^farm status $(run_dir submitted)$" "$SCRATCH/submitted/said"
+    mapfile -t jobs < <(grep -oE '^job [0-9]+' "$SCRATCH/submitted/said" | cut -d' ' -f2)
+    expect "jobs" 2 ${#jobs[@]}
+    eventually 30 live_owners_are submitted 2 || fail "live owners: $(live_owners submitted)"
+    eventually 30 some_records submitted || fail "no records"
+    login scancel "${jobs[0]}"
+    eventually 20 job_is "${jobs[0]}" CANCELLED || fail "the cancelled job is $(job_state "${jobs[0]}")"
+    eventually 20 live_owners_are submitted 1 || fail "live owners after a job's end: $(live_owners submitted)"
+    eventually 90 job_is "${jobs[1]}" COMPLETED || fail "the other job is $(job_state "${jobs[1]}")"
+    same "$LONG_OUTPUT" "$(output submitted)"
+    each_record_once submitted $LONG_RECORDS
+    login "$FARM" status "$(run_dir submitted)" > "$SCRATCH/submitted/status"
+    expect_match "status at the end" "complete, the output is written" "$SCRATCH/submitted/status"
+}
+
 # ---------------------------------------------------------------- all of it
 
-if [ -z "$BIN" ] || [ ! -x "$BIN" ]; then
-    echo "skip all: no farm binary (make build, or set FARM_BIN)"
-    finish
-fi
+require_farm
 own_cluster "/var/tmp/farm-e2e-$UID" 4
 prepare
 run_tests greedy_is_the_same_for_every_launch sampling_is_the_same_for_every_launch \
@@ -354,5 +344,6 @@ run_tests greedy_is_the_same_for_every_launch sampling_is_the_same_for_every_lau
     staged_on_every_node_and_reused flipped_byte_is_mended staged_copy_goes_at_the_end killed_while_staging \
     silent_singletons_are_refused bad_lines_become_error_records missing_model_ends_every_rank_at_once \
     module_files template_cpu template_notices_a_step_that_did_not_start template_by_mpirun template_gpu_is_accepted template_tensor_parallel template_array \
-    warned_job_requeues_itself_and_finishes cancelled_job_does_not_come_back
+    warned_job_requeues_itself_and_finishes cancelled_job_does_not_come_back \
+    a_run_that_is_killed_again_and_again time_limit_and_requeues array_on_one_run submit_to_all_partitions
 finish

@@ -18,6 +18,9 @@ node()  { timeout --kill-after=5 "$COMMAND_SECONDS_MAX" "$HERE/cluster.sh" nodes
 fail() { echo "$*" > "$WHY"; exit 1; }
 skip() { echo "$*" > "$WHY"; exit 77; }
 
+# A figure that is shown even where the test passes.
+say() { echo "  $*" >&3; }
+
 # expect WHAT WANTED FOUND
 expect() { [ "$2" = "$3" ] || fail "$1: expected '$2', found '$3'"; }
 
@@ -38,7 +41,7 @@ run_test() {
     log=$(mktemp)
     WHY=$(mktemp)
     set +e
-    (set -e; "test_$name") > "$log" 2>&1
+    (set -e; "test_$name") 3>&1 > "$log" 2>&1
     status=$?
     set -e
     report "$name" "$status" "$log" "$((SECONDS - started))"

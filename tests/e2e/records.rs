@@ -188,10 +188,7 @@ fn the_run_directory_is_found_again() {
         files.filter(|file| file.ends_with("stats.json")).collect()
     };
     assert_eq!(stats().len(), 1, "{:?}", files_below(&folder));
-    farm.ends_with(0);
-    let stats = stats();
-    assert_eq!(stats.len(), 1);
-    let text = std::fs::read(&stats[0]).expect("stats.json");
-    let stats: Value = serde_json::from_slice(&text).expect("JSON");
-    assert_eq!((&stats["records"], &stats["records_resumed"]), (&json!(0), &json!(2)));
+    let ended = farm.ends_with(0);
+    assert!(ended.stderr.contains("all 2 records were done before"), "{}", ended.stderr);
+    assert_eq!(stats().len(), 1);
 }

@@ -41,10 +41,11 @@
 //!
 //! # Why each step holds on NFS and Lustre
 //!
-//! - **Create** writes a temporary file, syncs and closes it, and hard-links it to the name.
+//! - **Create** writes a temporary file, closes it, and hard-links it to the name.
 //!   `link` is one operation of the server (of Lustre's MDS): it fails where the name is
-//!   taken, and readers see the whole content or no file. The sync brings a full disk or an
-//!   exceeded quota to light before there is a claim. An NFS reply may get lost and the
+//!   taken, and readers see the whole content or no file. It is not forced to the disk: a
+//!   claim that a power failure took or cut is worth no more than its owner, who died of the
+//!   same. An NFS reply may get lost and the
 //!   repeated request then say "exists" (or anything else): so after every error we look
 //!   whether the name is our temporary file (same inode), and then it was ours. No `flock`,
 //!   no `fcntl`: they need a lock service and client mounts that agree.

@@ -105,7 +105,7 @@ pub struct OwnerProgress {
     pub records_per_second: f64,
     /// What it is doing, a word for people.
     pub phase: String,
-    /// When these figures were taken, by the launch's own clock.
+    /// When its heartbeat was, by the launch's own clock.
     pub updated_unix_seconds: u64,
 }
 

@@ -114,8 +114,7 @@ impl FsStore {
         )))
     }
 
-    /// A new file of a name that no other process or host uses, with `content`, synced and
-    /// closed (an NFS client would keep an open one as `.nfs…` when it is removed).
+    /// A new file of a name that no other process or host uses, with `content`, and closed (an NFS client would keep an open one as `.nfs…` when it is removed).
     fn write_temporary(&self, content: &[u8]) -> Result<Temporary> {
         static COUNTER: AtomicU64 = AtomicU64::new(0);
         let host = host_name().replace('/', "_");
@@ -128,7 +127,7 @@ impl FsStore {
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => continue,
                 Err(error) => return Err(Error::io(&path, error)),
             };
-            let written = write_and_sync(&file, content).and_then(|()| file.metadata());
+            let written = (&file).write_all(content).and_then(|()| file.metadata());
             drop(file);
             let meta = written.map_err(|error| {
                 let _ = fs::remove_file(&path);
@@ -141,9 +140,9 @@ impl FsStore {
     /// Creation where names cannot be linked: exclusive, but the content comes later.
     fn create_in_place(&self, name: &str, content: &[u8]) -> Result<bool> {
         match OpenOptions::new().write(true).create_new(true).open(self.path.join(name)) {
-            Ok(file) => write_and_sync(&file, content)
-                .map(|()| true)
-                .map_err(|error| self.fault(name, error)),
+            Ok(mut file) => {
+                file.write_all(content).map(|()| true).map_err(|error| self.fault(name, error))
+            }
             Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
             Err(error) => Err(self.fault(name, error)),
         }
@@ -283,11 +282,6 @@ impl Temporary {
     fn remove(&self) {
         let _ = fs::remove_file(&self.path);
     }
-}
-
-fn write_and_sync(mut file: &File, content: &[u8]) -> io::Result<()> {
-    file.write_all(content)?;
-    file.sync_all()
 }
 
 /// What `link` says on file systems without hard links: FAT, some FUSE and object stores.

@@ -241,7 +241,7 @@ fn table(sizes: &[usize], records_per_rank: usize) {
                     100.0 * fixed.idle_tail,
                 );
                 let name = format!("{ranks} ranks, slow × {factor}, known: {known}");
-                assert!(handout.makespan_seconds < 1.25 * ideal, "{name}");
+                assert!(handout.makespan_seconds < 1.5 * ideal, "{name}");
                 assert!(handout.makespan_seconds < fixed.makespan_seconds, "{name}");
             }
         }
@@ -254,9 +254,9 @@ fn a_few_ranks_beat_the_static_split() {
     table(&[8], 500);
 }
 
-/// The whole of it: minutes without optimization, so only when asked for.
+/// The whole of it.
 #[test]
-#[ignore = "prints the table of docs/PERFORMANCE.md; takes a minute"]
+#[ignore = "prints the table of docs/PERFORMANCE.md; takes minutes"]
 fn the_table_of_the_documentation() {
     table(&[8, 64, 512, 1000], 1000);
 }
