@@ -10,7 +10,7 @@
 //! own reading and writing. And pairs of whole runs, in turns: they hold what the clock inside
 //! cannot see (the threads of fsync and heartbeat), and the noise of the machine.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -39,6 +39,7 @@ use farm::ledger::{
 use farm::model::tokenizer::Tokenizer;
 use farm::model::{LoadOptions, ModelConfig, ModelRunner, Runner};
 use farm::prompts::{Defaults, Preparer, PromptReader, ReadOptions};
+use farm::slurm::OomWatch;
 use farm::stats::events::EventLog;
 use farm::stats::meter::{Meter, ModelCost};
 use rustix::time::{ClockId, clock_gettime};
@@ -131,7 +132,7 @@ struct Bench {
 impl Bench {
     /// One of each; who is first takes turns.
     fn pair(&self, nth: usize) -> (Took, Took) {
-        if nth % 2 == 0 {
+        if nth.is_multiple_of(2) {
             let plain = self.plain();
             (plain, self.ledger(nth))
         } else {
@@ -206,7 +207,9 @@ impl Bench {
         let open = Box::new(move || {
             Ok(Box::new(PromptReader::open(&prompts, &ReadOptions::default())?) as _)
         });
-        let config = FeedConfig { claim_records, run_key: run_key.clone(), retry: false };
+        let take_records = 2 * BATCH as u64;
+        let config =
+            FeedConfig { claim_records, run_key: run_key.clone(), retry: false, take_records };
         let stored = Some(journals.lines().unwrap());
         let parts = CoordinatorParts {
             handout: Handout::new(HandoutConfig::for_workers(1), 1),
@@ -269,12 +272,14 @@ fn measure<S: RecordSink, L: WorkerLink, F: FnOnce(L)>(
         journal: &mut sink,
         run_key: "k",
         in_work: HashMap::new(),
+        waiting: VecDeque::new(),
         slots: BATCH,
         meter: &mut meter,
         events: &mut events,
         progress: None,
         stop: &StopSignal::default(),
         deadline: &Deadline::new(None, None, 0.0),
+        oom: &OomWatch::start(),
         measured: Measured::default(),
         start,
     };

@@ -266,12 +266,17 @@ fn job_ref(rank: &Rank) -> Option<JobRef> {
         job_id: job.job_id?,
         restart_count: job.restart_count.unwrap_or_default(),
         step_id: job.step_id,
+        user_id: Some(user_id()),
     })
 }
 
 /// What this host and Slurm know about other launches.
 pub fn evidence() -> Box<dyn Evidence> {
     Box::new(HostEvidence::new(|job: &JobRef| {
+        // A site may hide the jobs of other users, and then says that there are none.
+        if job.user_id != Some(user_id()) {
+            return None;
+        }
         slurm::query::step_has_ended(
             job.cluster.as_deref(),
             job.job_id,
@@ -279,6 +284,10 @@ pub fn evidence() -> Box<dyn Evidence> {
             job.restart_count,
         )
     }))
+}
+
+fn user_id() -> u32 {
+    rustix::process::getuid().as_raw()
 }
 
 fn warn_of_other_versions(claims: &mut Claims, launch: &ledger::Launch) -> Result<()> {

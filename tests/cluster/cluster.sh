@@ -179,7 +179,8 @@ END
 
 # Slurm wants a device file a GPU; these exist everywhere. Jobs get their share of CUDA_VISIBLE_DEVICES, and find
 # no GPU behind it.
-write_gres_conf() { printf 'Name=gpu File=%s\n' /dev/null /dev/zero /dev/full /dev/random | head -n "$GPUS"; }
+# (Not head: it would leave before the last line is written now and then, and fail the pipe.)
+write_gres_conf() { printf 'Name=gpu File=%s\n' /dev/null /dev/zero /dev/full /dev/random | sed -n "1,${GPUS}p"; }
 
 # slurmd asks its cgroup plugin even where nothing uses cgroups. This one starts with whatever the machine has
 # mounted on /sys/fs/cgroup; the v2 plugin wants systemd or a writable tree.

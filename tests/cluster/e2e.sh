@@ -270,7 +270,7 @@ long_reference() {
 # kills.sh has the long one.
 test_a_run_that_is_killed_again_and_again() {
     long_reference
-    killed_run killed "$LONG_PROMPTS" 5 "$(awk "BEGIN { print int($LONG_SECONDS * 2000 / 5 + 500) }")"
+    killed_run killed "$LONG_PROMPTS" 4 "$(awk "BEGIN { print int($LONG_SECONDS * 2000 / 4 + 500) }")"
     [ "$kills_done" -ge 2 ] || fail "the run was over after $kills_done kills"
     same "$LONG_OUTPUT" "$(output killed)"
     each_record_once killed $LONG_RECORDS
@@ -297,9 +297,10 @@ test_array_on_one_run() {
     local job task
     long_reference
     # shellcheck disable=SC2046 # a list of arguments
-    job=$(login sbatch --parsable --wait --array=0-3 --output="$SCRATCH/array-run-%a.log" \
+    job=$(login sbatch --parsable --array=0-3 --output="$SCRATCH/array-run-%a.log" \
         "$APPS/share/farm/slurm/farm-array.sbatch" $(long_arguments array-run "$LONG_PROMPTS"))
     for task in 0 1 2 3; do
+        eventually 120 job_is "${job}_$task" COMPLETED || fail "task $task is $(job_state "${job}_$task")"
         login scontrol -o show job "${job}_$task" > "$SCRATCH/task"
         expect_match "task $task" "JobState=COMPLETED .*ExitCode=0:0" "$SCRATCH/task"
     done

@@ -101,11 +101,12 @@ template() {
 job_state() { login squeue -h -j "$1" -t all -o %T | head -n 1; }
 job_is() { [ "$(job_state "$1")" = "$2" ]; }
 
-# finished_with_requeues JOB: whether it has completed. A job that queued itself again is started at once.
+# finished_with_requeues JOB: whether it has completed. A job that queued itself again, and would wait for two minutes,
+# is started at once.
 finished_with_requeues() {
-    case $(job_state "$1") in
-        COMPLETED) return 0 ;;
-        PENDING) cluster hurry "$1" || fail "job $1 does not come back" ;;
+    case $(login squeue -h -j "$1" -t all -o %T:%r) in
+        COMPLETED:*) return 0 ;;
+        PENDING:BeginTime) cluster hurry "$1" || fail "job $1 does not come back" ;;
     esac
     return 1
 }

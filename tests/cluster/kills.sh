@@ -6,7 +6,7 @@
 #   SEED=7 KILLS=50 tests/cluster/kills.sh            other kills, more of them
 #
 # FARM_BIN, FARM_MODEL: see farm.sh. SEED (default: drawn) sets sizes, kinds and delays of the kills.
-# UNINTERRUPTED_SECONDS (150): how long the run is to take without kills.
+# UNINTERRUPTED_SECONDS (140): how long the run is to take without kills.
 # Exit: 0 passed, 1 failed, 77 this machine cannot run a cluster, or there is no binary.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -15,7 +15,7 @@ set -euo pipefail
 
 SEED=${SEED:-$((RANDOM * RANDOM % 100000))}
 KILLS=${KILLS:-30}
-UNINTERRUPTED_SECONDS=${UNINTERRUPTED_SECONDS:-150}
+UNINTERRUPTED_SECONDS=${UNINTERRUPTED_SECONDS:-140}
 COMMAND_SECONDS_MAX=900
 
 # The prompts, so many that four nodes are busy with them for UNINTERRUPTED_SECONDS, and the output of one launch.

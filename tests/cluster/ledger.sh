@@ -51,63 +51,82 @@ long_arguments() {
 
 # ---------------------------------------------------------------- a run that is killed again and again
 
-# killed_run NAME PROMPTS KILLS MILLISECONDS_MAX: starts the run with a random number of nodes, ranks and sequences,
-# kills it in a random way after a random time, KILLS times or until it is over, and lets it finish then. $SEED sets
-# what is drawn; the moments are those of the machine. How many kills there were lands in $kills_done.
+# killed_run NAME PROMPTS KILLS MILLISECONDS_MAX: starts the run on a random number of nodes with random numbers of ranks
+# and sequences, kills it in a random way after a random time, KILLS times or until it is over, and lets it finish then.
+# $SEED sets what is drawn; the moments are those of the machine. How many kills there were lands in $kills_done.
 killed_run() {
     local name=$1 prompts=$2 kills=$3 ms_max=$4
-    local how nodes tasks batch delay_ms victim stays job="" job_tasks job_batch
-    local deck=() lost_total=0 records started=$SECONDS
+    local how nodes ranks batch delay_ms victim stays spare job="" job_nodes=4
+    local deck=() last_launch=none lost_total=0 records started=$SECONDS
     declare -A kinds=()
     records=$(grep -c . "$prompts")
     mkdir -p "$SCRATCH/$name"
+    write_job > "$SCRATCH/$name/job.sh"
     say "SEED=$SEED, $records records, $kills kills"
     RANDOM=$SEED
     kills_done=0
-    draw
     start_or_go_on
     while [ $kills_done -lt "$kills" ] && strike; do
         account
-        draw
         start_or_go_on
     done
-    eventually 300 job_is "$job" COMPLETED || fail "the last job is $(job_state "$job"): $(tail -n 3 "$(log_of "$job")")"
+    eventually 600 is_at_its_end || true
+    is_over || fail "the last job is $(job_state "$job"): $(tail -n 3 "$(log_of "$job")")"
     say "$kills_done kills (rank ${kinds[rank]:-0}, node ${kinds[node]:-0}, cancel ${kinds[cancel]:-0}, requeue" \
         "${kinds[requeue]:-0}) in $((SECONDS - started)) s: of $records records $lost_total were generated again," \
         "$(frames "$SAVED" "$name") unfinished texts were saved, $(status_of "$name" duplicates) duplicates"
 }
 
-# Every way to kill comes once before one comes again.
+# The template, with what is drawn for each start, those after a requeue among them: ranks on some of the job's nodes.
+write_job() {
+    echo '#!/bin/bash'
+    grep '^#SBATCH' "$APPS/share/farm/slurm/farm-cpu.sbatch"
+    echo ". $SCRATCH/$name/drawn"
+    # shellcheck disable=SC2016 # for the job
+    echo 'export FARM_SRUN_ARGS="--mpi=pmix -N $nodes -n $ranks" FARM_MAX_BATCH_SIZE=$batch'
+    echo "exec bash $APPS/share/farm/slurm/farm-cpu.sbatch \"\$@\""
+}
+
+# What the next launch is like and how it ends. Every way to kill comes once before one comes again.
 draw() {
     [ ${#deck[@]} -gt 0 ] || deck=(rank node cancel requeue)
     local card=$((RANDOM % ${#deck[@]}))
     how=${deck[card]}
     unset "deck[card]"
     deck=("${deck[@]}")
-    nodes=$((RANDOM % 4 + 1)) tasks=$((RANDOM % 2 + 1)) batch=$((RANDOM % 8 + 1))
+    nodes=$((RANDOM % 4 + 1)) batch=$((RANDOM % 8 + 1))
+    ranks=$((nodes + RANDOM % (nodes + 1))) spare=$((RANDOM % 2))
     delay_ms=$(((RANDOM * 32768 + RANDOM) % ms_max)) victim=$RANDOM stays=$((RANDOM % 2))
 }
 
 log_of() { echo "$SCRATCH/$name/job-$1.log"; }
 
-# A job that queued itself again after its kill, or was requeued, goes on half the time (with other nodes), else another
-# job does.
+# A job that queued itself again after its kill, or was requeued, goes on half the time, else another job does. Half
+# of these do without the first node, so that another host takes over.
 start_or_go_on() {
+    local without=()
+    draw
     if [ -n "$job" ] && job_is "$job" PENDING; then
         if [ "$stays" = 1 ]; then
-            # What it was submitted with holds, the ranks on a node too.
-            tasks=$job_tasks batch=$job_batch
-            login scontrol update JobId="$job" NumNodes="$nodes-$nodes" NumTasks=$((nodes * tasks)) NumCPUs=$((2 * nodes))
+            write_drawn
             cluster hurry "$job" || fail "job $job does not come back"
             return
         fi
         login scancel "$job"
     fi
+    job_nodes=$((4 - spare))
+    [ $spare = 0 ] || without=(--exclude=n1)
+    write_drawn
     # shellcheck disable=SC2046 # a list of arguments
-    job=$(login sbatch --parsable -N "$nodes" --ntasks-per-node="$tasks" --output="$(log_of %j)" \
-        "$APPS/share/farm/slurm/farm-cpu.sbatch" $(long_arguments "$name" "$prompts" --max-batch-size "$batch"))
-    job_tasks=$tasks job_batch=$batch
+    job=$(login sbatch --parsable -N $job_nodes "${without[@]}" --ntasks-per-node=2 --output="$(log_of %j)" \
+        "$SCRATCH/$name/job.sh" $(long_arguments "$name" "$prompts"))
     eventually 30 job_is "$job" RUNNING || fail "job $job is $(job_state "$job")"
+}
+
+write_drawn() {
+    [ "$nodes" -le $job_nodes ] || nodes=$job_nodes
+    [ "$ranks" -le $((2 * nodes)) ] || ranks=$((2 * nodes))
+    echo "nodes=$nodes ranks=$ranks batch=$batch" > "$SCRATCH/$name/drawn"
 }
 
 # The processes of farm on all nodes, or on the node given, as the login node (that node) counts them.
@@ -132,6 +151,7 @@ strike() {
     eventually 60 at_rest || fail "after kill $kills_done ($how) job $job is $(job_state "$job")"
 }
 
+is_at_its_end() { case $(job_state "$job") in PENDING | RUNNING | COMPLETING | CONFIGURING) return 1 ;; esac; }
 is_over() { job_is "$job" COMPLETED; }
 farm_runs_or_is_over() { farm_runs || is_over; }
 
@@ -164,14 +184,16 @@ at_rest() {
 account() {
     local launch lost most finished saved
     launch=$(find "$(run_dir "$name")/claims" -name 'owner-*.json' 2> /dev/null | sort | tail -n 1 | grep -oE '[0-9]{5}' || true)
-    launch=${launch:-none}
+    # It may have come to its end before it had a part in the run.
+    if [ "${launch:=none}" = "$last_launch" ]; then launch=none; fi
+    [ "$launch" = none ] || last_launch=$launch
     finished=$(($(frames "$FINISHED" "$name" "$launch") + $(frames "$FAILED" "$name" "$launch")))
     saved=$(frames "$SAVED" "$name" "$launch")
     lost=$(($(frames "$STARTED" "$name" "$launch") - finished - saved))
-    most=$((nodes * tasks * batch))
+    most=$((ranks * batch))
     case $how in cancel | requeue) most=0 ;; esac
-    say "$(printf 'kill %2d: %-7s after %5d ms, %d nodes x %d ranks x %d: launch %s: %4d records, %2d saved, %2d lost; %s' \
-        "$kills_done" "$how" "$delay_ms" "$nodes" "$tasks" "$batch" "$launch" "$finished" "$saved" "$lost" "$(said_at_start)")"
+    say "$(printf 'kill %2d: %-7s after %5d ms, %d ranks x %d on %d nodes from n%d: launch %s: %4d records, %2d saved, %2d lost; %s' \
+        "$kills_done" "$how" "$delay_ms" "$ranks" "$batch" "$nodes" $((5 - job_nodes)) "$launch" "$finished" "$saved" "$lost" "$(said_at_start)")"
     [ "$lost" -le "$most" ] || fail "kill $kills_done ($how) lost $lost records, more than $most"
     lost_total=$((lost_total + lost))
 }

@@ -47,7 +47,7 @@ impl ProcessId {
 }
 
 /// A Slurm job's step, as far as its environment tells.
-#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct JobRef {
     /// The cluster's name: job ids count per cluster.
     pub cluster: Option<String>,
@@ -57,6 +57,9 @@ pub struct JobRef {
     pub restart_count: u64,
     /// `SLURM_STEP_ID`; `None` in a batch script.
     pub step_id: Option<u64>,
+    /// The user: Slurm may hide the jobs of others.
+    #[serde(default)]
+    pub user_id: Option<u32>,
 }
 
 impl JobRef {
@@ -464,7 +467,7 @@ mod tests {
             count.fetch_add(1, Ordering::Relaxed);
             *reply.lock().unwrap()
         });
-        let job = JobRef { cluster: None, job_id: 4, restart_count: 0, step_id: Some(0) };
+        let job = JobRef { job_id: 4, step_id: Some(0), ..JobRef::default() };
         let table = [
             (0.0, None, None, 1),
             (19.0, Some(false), None, 1),
@@ -484,7 +487,8 @@ mod tests {
 
     #[test]
     fn only_a_later_start_of_the_same_job_replaces_an_owner() {
-        let old = JobRef { cluster: Some("c".into()), job_id: 4, restart_count: 1, step_id: None };
+        let old =
+            JobRef { cluster: Some("c".into()), job_id: 4, restart_count: 1, ..JobRef::default() };
         let newer = JobRef { restart_count: 2, ..old.clone() };
         assert!(newer.is_newer_restart_of(&old));
         assert!(!old.is_newer_restart_of(&newer));

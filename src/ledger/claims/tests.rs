@@ -121,6 +121,7 @@ fn the_dead_are_seen_at_once_where_there_is_proof_and_by_heartbeat_where_not() {
         job_id: 9,
         restart_count,
         step_id: Some(0),
+        user_id: None,
     };
     type End = fn(&mut World, &mut Launch);
     let table: [(&str, End, std::ops::RangeInclusive<u32>, std::ops::RangeInclusive<u32>); 6] = [
@@ -186,7 +187,7 @@ fn the_dead_are_seen_at_once_where_there_is_proof_and_by_heartbeat_where_not() {
 fn steps_of_one_start_of_a_job_work_side_by_side() {
     let mut world = World::new(0, 0.0);
     let step = |step_id| {
-        Some(JobRef { cluster: None, job_id: 9, restart_count: 2, step_id: Some(step_id) })
+        Some(JobRef { job_id: 9, restart_count: 2, step_id: Some(step_id), ..JobRef::default() })
     };
     let (mut a, mut b) = (world.join_as("h", step(0)), world.join_as("h", step(1)));
     assert!(!a.claims.is_gone(2, 0.0).unwrap());
