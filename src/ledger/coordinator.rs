@@ -10,14 +10,15 @@ use serde_json::{Value, json};
 
 use crate::comm::Communicator;
 use crate::ledger::claims::Standing;
-use crate::ledger::feed::{Feed, Next};
+use crate::ledger::dealer::Dealer;
+use crate::ledger::feed::Feed;
 use crate::ledger::journal::StoredLines;
 use crate::ledger::link::Inbox;
 use crate::ledger::membership::Membership;
 use crate::ledger::protocol::{Order, TAG_TO_COORDINATOR, TAG_TO_WORKER, Update};
 use crate::ledger::{
-    Finished, Handout, HandoutCounts, LinkState, Load, OrderedOutput, OutputCounts, Reply,
-    RunProgress, Task, WorkerLink,
+    Finished, Handout, HandoutCounts, LinkState, Load, OrderedOutput, OutputCounts, RunProgress,
+    Task, WorkerLink,
 };
 use crate::prompts::RawRecord;
 use crate::{Error, Result};
@@ -29,8 +30,6 @@ pub type CostEstimate = Box<dyn Fn(&RawRecord) -> f64>;
 /// Reads all journals anew: the lines of all done records.
 pub type ReadStored = Box<dyn Fn() -> Result<StoredLines>>;
 
-/// Records read from the input in one poll: bounds the pause between engine steps.
-const READ_RECORDS: usize = 16_384;
 /// Lines of an earlier launch that are put into the output in one poll.
 const STORED_LINES: usize = 4096;
 /// The output is handed to the operating system at least this often.
@@ -62,16 +61,10 @@ pub struct CoordinatorParts {
 pub struct Coordinator {
     comm: Arc<dyn Communicator>,
     inbox: Inbox,
-    handout: Handout,
-    feed: Feed,
+    dealer: Dealer,
     membership: Membership,
-    estimate: CostEstimate,
     output: OrderedOutput,
     read_stored: ReadStored,
-    no_wait: bool,
-    /// Others have the rest, and this launch does not wait for them.
-    left_to_others: bool,
-    workers: Vec<WorkerState>,
     local_received: u64,
     /// The last poll left input to read or stored lines to write.
     unfinished_poll: bool,
@@ -86,30 +79,19 @@ pub struct Coordinator {
     records: u64,
 }
 
-#[derive(Clone)]
-struct WorkerState {
-    told: LinkState,
-    goodbye: bool,
-}
-
 impl Coordinator {
     /// Rank 0 of `comm` (the workers' communicator).
     pub fn new(comm: Arc<dyn Communicator>, parts: CoordinatorParts) -> Self {
-        let workers = vec![WorkerState { told: LinkState::Open, goodbye: false }; comm.size()];
         let CoordinatorParts { handout, feed, membership, estimate, output, read_stored, no_wait } =
             parts;
+        let workers = comm.size();
         let mut this = Self {
             comm,
             inbox: Inbox::default(),
-            handout,
-            feed,
+            dealer: Dealer::new(handout, feed, estimate, no_wait, workers),
             membership,
-            estimate,
             output,
             read_stored,
-            no_wait,
-            left_to_others: false,
-            workers,
             local_received: 0,
             unfinished_poll: false,
             now_seconds: 0.0,
@@ -122,19 +104,19 @@ impl Coordinator {
             records: 0,
         };
         if !this.output.is_ordered() {
-            this.handout.without_horizon();
+            this.dealer.handout.without_horizon();
         }
         this
     }
 
     /// Records read, handed out and completed so far by this launch.
     pub fn counts(&self) -> HandoutCounts {
-        self.handout.counts()
+        self.dealer.handout.counts()
     }
 
     /// Records that were done before this launch.
     pub fn records_resumed(&self) -> u64 {
-        self.feed.records_resumed()
+        self.dealer.feed.records_resumed()
     }
 
     /// After [`WorkerLink::close`]: completes the output if every record is done. `None` if
@@ -146,9 +128,7 @@ impl Coordinator {
     pub fn finish(mut self, stop: &dyn Fn() -> bool) -> Result<Option<OutputCounts>> {
         let outcome = match self.error.take() {
             Some(error) => Err(error),
-            None if !self.handout.complete() || self.left_to_others => {
-                self.output.flush().map(|()| None)
-            }
+            None if !self.dealer.complete() => self.output.flush().map(|()| None),
             None => self.merge(stop),
         };
         let how = match &outcome {
@@ -169,13 +149,13 @@ impl Coordinator {
         loop {
             let name = self.membership.merge_name();
             let now = began_seconds + begun.elapsed().as_secs_f64();
-            match self.feed.claims_mut().claim(&name, now)? {
+            match self.dealer.feed.claims_mut().claim(&name, now)? {
                 Standing::Mine => {
                     let counts = self.write_all()?;
                     let done = json!({
                         "output": file, "records": counts.records, "errors": counts.errors
                     });
-                    self.feed.claims_mut().complete(&name, &done)?;
+                    self.dealer.feed.claims_mut().complete(&name, &done)?;
                     return Ok(Some(counts));
                 }
                 Standing::Done(done) if done["output"] == json!(file) => {
@@ -189,7 +169,7 @@ impl Coordinator {
     }
 
     fn write_all(&mut self) -> Result<OutputCounts> {
-        let total = self.feed.total().unwrap_or_default();
+        let total = self.dealer.feed.total().unwrap_or_default();
         if self.output.is_ordered() {
             self.output.finish(total)
         } else {
@@ -198,7 +178,7 @@ impl Coordinator {
     }
 
     fn fail(&mut self, error: Error) {
-        self.handout.stop();
+        self.dealer.handout.stop();
         self.error.get_or_insert(error);
     }
 
@@ -217,18 +197,17 @@ impl Coordinator {
             self.take_finished(finished);
         }
         if update.stop {
-            self.handout.stop();
+            self.dealer.handout.stop();
         }
-        self.workers[from].goodbye |= update.goodbye;
-        self.handout.report(from, update.load, update.received_records, self.now_seconds);
+        let Update { load, received_records, goodbye, .. } = update;
+        self.dealer.report(from, load, received_records, goodbye, self.now_seconds);
     }
 
     fn take_finished(&mut self, finished: Finished) {
         self.failed += u64::from(finished.is_error);
         self.new_tokens += finished.new_tokens;
         self.records += 1;
-        self.handout.completed(finished.index, finished.cost);
-        self.feed.completed(finished.index);
+        self.dealer.completed(finished.index, finished.cost);
         // After a failure of the output the journals alone keep the records.
         if self.error.is_none()
             && let Err(error) = self.output.push(finished.index, finished.line, finished.is_error)
@@ -238,29 +217,9 @@ impl Coordinator {
     }
 
     fn read_input(&mut self) {
-        for _ in 0..READ_RECORDS {
-            if !self.handout.wants_more() {
-                return;
-            }
-            match self.feed.next(self.now_seconds, self.handout.counts().in_window) {
-                Ok(Next::Record(record)) => {
-                    let cost = (self.estimate)(&record);
-                    self.handout.feed(record, cost);
-                }
-                Ok(Next::Passed) => {}
-                Ok(Next::Wait) => return self.wait_for_others(),
-                Ok(Next::End) => return self.handout.end_of_input(),
-                Err(error) => return self.fail(error),
-            }
-        }
-        self.unfinished_poll = true;
-    }
-
-    fn wait_for_others(&mut self) {
-        let counts = self.handout.counts();
-        if self.no_wait && counts.in_window == 0 && counts.outstanding == 0 {
-            self.left_to_others = true;
-            self.handout.end_of_input();
+        match self.dealer.read_input(self.now_seconds) {
+            Ok(more) => self.unfinished_poll |= more,
+            Err(error) => self.fail(error),
         }
     }
 
@@ -274,9 +233,9 @@ impl Coordinator {
         if let Err(error) = self.share_blocks() {
             self.fail(error);
         }
-        if self.feed.shared() && self.output.is_ordered() {
+        if self.dealer.feed.shared() && self.output.is_ordered() {
             self.output.abandon();
-            self.handout.without_horizon();
+            self.dealer.handout.without_horizon();
         }
     }
 
@@ -284,40 +243,15 @@ impl Coordinator {
         if let Some(error) = self.membership.error() {
             return Err(error);
         }
-        if self.membership.was_late() {
-            for records in self.feed.lost()? {
-                self.handout.withdraw(records);
-                self.handout.reopen_input();
-            }
-        }
-        let counts = self.handout.counts();
-        if counts.in_window == 0 {
-            return Ok(());
-        }
-        let wishes = self.feed.wishes(self.now_seconds)?.len();
-        if wishes == 0 {
-            return Ok(());
-        }
-        let idle: Vec<_> = self.feed.untouched().filter(|(_, r)| self.all_in_window(r)).collect();
-        // The rest is shared as evenly as blocks go; the last of them wait the longest here.
-        let given = (idle.len() * wishes).div_ceil(wishes + 1);
-        for (block, records) in idle.into_iter().rev().take(given) {
-            self.handout.withdraw(records);
-            self.handout.reopen_input();
-            self.feed.give_back(block)?;
-        }
-        Ok(())
-    }
-
-    fn all_in_window(&self, records: &std::ops::Range<u64>) -> bool {
-        self.handout.in_window(records.clone()) == records.end - records.start
+        let was_late = self.membership.was_late();
+        self.dealer.share_blocks(was_late, self.now_seconds)
     }
 
     fn note_progress(&self, phase: &str) {
         let seconds = (self.now_seconds - self.began_seconds.unwrap_or_default()).max(1e-3);
         self.membership.progress(|progress| {
             progress.records_done = self.records;
-            progress.records_total = self.feed.total();
+            progress.records_total = self.dealer.feed.total();
             progress.records_failed = self.failed;
             progress.new_tokens = self.new_tokens;
             progress.records_per_second = self.records as f64 / seconds;
@@ -329,19 +263,18 @@ impl Coordinator {
     /// Answers the standing requests of all workers; returns worker 0's own records.
     fn serve(&mut self) -> Vec<Task> {
         let mut local = Vec::new();
-        for worker in 0..self.workers.len() {
-            while let Reply::Block(block) = self.handout.next_block(worker, self.now_seconds) {
-                let block = match block.into_iter().map(|record| self.feed.task(record)).collect() {
-                    Ok(block) => block,
+        for worker in 0..self.comm.size() {
+            loop {
+                match self.dealer.next_block(worker, self.now_seconds) {
+                    Ok(Some(block)) if worker == 0 => Vec::extend(&mut local, block),
+                    Ok(Some(block)) => {
+                        self.comm.send(worker, TAG_TO_WORKER, Order::Block(block).encode());
+                    }
+                    Ok(None) => break,
                     Err(error) => {
                         self.fail(error);
                         break;
                     }
-                };
-                if worker == 0 {
-                    Vec::extend(&mut local, block);
-                } else {
-                    self.comm.send(worker, TAG_TO_WORKER, Order::Block(block).encode());
                 }
             }
         }
@@ -350,15 +283,10 @@ impl Coordinator {
         local
     }
 
-    /// Tells workers that no more will come, once, and that the run drains, if it does.
     fn tell_state(&mut self) {
-        let state = self.state();
-        for (worker, known) in self.workers.iter_mut().enumerate().skip(1) {
-            if known.told != state && !known.goodbye {
-                known.told = state;
-                let order = Order::NoMore { stopped: state == LinkState::Stopped };
-                self.comm.send(worker, TAG_TO_WORKER, order.encode());
-            }
+        let order = Order::NoMore { stopped: self.state() == LinkState::Stopped };
+        for worker in self.dealer.to_be_told() {
+            self.comm.send(worker, TAG_TO_WORKER, order.encode());
         }
     }
 
@@ -383,7 +311,7 @@ impl WorkerLink for Coordinator {
         self.began_seconds.get_or_insert(now_seconds);
         self.unfinished_poll = false;
         self.receive();
-        self.handout.report(0, *load, self.local_received, now_seconds);
+        self.dealer.report(0, *load, self.local_received, false, now_seconds);
         self.share();
         self.read_input();
         let records = self.serve();
@@ -396,17 +324,11 @@ impl WorkerLink for Coordinator {
     }
 
     fn state(&self) -> LinkState {
-        if self.handout.stopped() {
-            LinkState::Stopped
-        } else if self.handout.exhausted() {
-            LinkState::Finished
-        } else {
-            LinkState::Open
-        }
+        self.dealer.state()
     }
 
     fn request_stop(&mut self) {
-        self.handout.stop();
+        self.dealer.handout.stop();
         self.tell_state();
     }
 
@@ -419,20 +341,20 @@ impl WorkerLink for Coordinator {
 
     fn progress(&self) -> Option<RunProgress> {
         Some(RunProgress {
-            records: self.feed.records_done(),
-            records_total: self.feed.total(),
+            records: self.dealer.feed.records_done(),
+            records_total: self.dealer.feed.total(),
             failed: self.failed,
             new_tokens: self.new_tokens,
         })
     }
 
     fn others_working(&self) -> bool {
-        !self.workers.iter().skip(1).all(|worker| worker.goodbye)
+        self.dealer.others_working()
     }
 
     fn close(&mut self) -> Result<()> {
-        if !self.handout.exhausted() {
-            self.handout.stop();
+        if !self.dealer.handout.exhausted() {
+            self.dealer.handout.stop();
         }
         while self.others_working() {
             self.unfinished_poll = false;

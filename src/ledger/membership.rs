@@ -22,7 +22,6 @@ pub struct Membership {
     merge: u32,
     merged_records: Option<u64>,
     late_seconds: f64,
-    noticed_seconds: f64,
 }
 
 impl Membership {
@@ -57,7 +56,6 @@ impl Membership {
             merge,
             merged_records,
             late_seconds,
-            noticed_seconds: 0.0,
         };
         Ok((member, claims))
     }
@@ -94,11 +92,9 @@ impl Membership {
 
     /// Whether, since the last time that this was asked, the heartbeat came so late that
     /// others may have thought this launch gone.
-    pub fn was_late(&mut self) -> bool {
-        let gap = self.heartbeat.as_ref().map_or(0.0, Heartbeat::longest_gap_seconds);
-        let late = gap > self.late_seconds && gap > self.noticed_seconds;
-        self.noticed_seconds = self.noticed_seconds.max(gap);
-        late
+    pub fn was_late(&self) -> bool {
+        let gap = self.heartbeat.as_ref().map_or(0.0, Heartbeat::take_longest_gap_seconds);
+        gap > self.late_seconds
     }
 
     /// Leaves: what this launch claimed and did not do is free at once.

@@ -17,6 +17,7 @@
 pub mod claims;
 mod coordinator;
 mod cost;
+mod dealer;
 mod feed;
 mod handout;
 mod index_set;

@@ -71,11 +71,13 @@ impl Heartbeat {
         self.shared.state().error.clone()
     }
 
-    /// The longest time between two heartbeats, the one going on included. Where it has
-    /// grown towards the timeout others may have taken over: ask [`super::Claims::lost`].
-    pub fn longest_gap_seconds(&self) -> f64 {
-        let state = self.shared.state();
-        state.longest_gap.max(state.last_beat.elapsed()).as_secs_f64()
+    /// The longest time between two heartbeats since this was last asked, the one going on
+    /// included. Where it has grown towards the timeout others may have taken over: ask
+    /// [`super::Claims::lost`].
+    pub fn take_longest_gap_seconds(&self) -> f64 {
+        let mut state = self.shared.state();
+        let longest_gap = std::mem::take(&mut state.longest_gap);
+        longest_gap.max(state.last_beat.elapsed()).as_secs_f64()
     }
 
     /// Ends the thread; no heartbeat is written after. Waits for one being written.
@@ -171,7 +173,11 @@ mod tests {
         assert!(error.message.contains("the run directory has vanished"), "{error}");
         std::fs::rename(&away, run.path().join("claims")).unwrap();
         wait_until(|| heartbeat.error().is_none());
-        assert!(heartbeat.longest_gap_seconds() > 0.0);
+
+        // Each gap is told once, so that a shorter one after it is seen, too.
+        heartbeat.shared.state().longest_gap = Duration::from_secs(300);
+        assert!(heartbeat.take_longest_gap_seconds() >= 300.0);
+        assert!(heartbeat.take_longest_gap_seconds() < 300.0);
 
         heartbeat.stop();
         claims.leave("done", &OwnerProgress::default()).unwrap();

@@ -146,7 +146,7 @@ impl OwnerFile {
     }
 
     /// The name in `claims/`.
-    pub(super) fn name(launch: LaunchId) -> String {
+    pub(in crate::ledger) fn name(launch: LaunchId) -> String {
         format!("owner-{launch:05}.json")
     }
 
@@ -156,7 +156,7 @@ impl OwnerFile {
         (Self::name(launch) == name).then_some(launch)
     }
 
-    pub(super) fn to_bytes(&self) -> Vec<u8> {
+    pub(in crate::ledger) fn to_bytes(&self) -> Vec<u8> {
         // Strings, numbers and a JSON value: nothing in it can fail to be JSON.
         let mut bytes = serde_json::to_vec_pretty(self).unwrap_or_default();
         bytes.push(b'\n');

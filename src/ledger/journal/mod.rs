@@ -40,8 +40,8 @@
 //!
 //! Left out: who may work on which record, what a saved generation means, and removing files.
 
-mod frame;
-mod outcomes;
+pub(super) mod frame;
+pub(super) mod outcomes;
 mod scan;
 mod sorted;
 mod stored;

@@ -1,28 +1,12 @@
 //! The hand-out driven in virtual time by simulated workers with continuous batching:
 //! what it is worth against a static split, for heavy-tailed records and a slow rank.
 
-use std::collections::VecDeque;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
 
-use super::{Handout, HandoutConfig, Load, Reply};
+use super::super::{Handout, HandoutConfig, Load, Reply};
+use super::Random;
 use crate::prompts::{RawBody, RawRecord};
-
-/// A small counter-based generator (splitmix64), so that a seed replays a run.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> f64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
-    }
-
-    /// Tokens of a record: Pareto with shape 1.5 (infinite variance) from 8 to 512.
-    fn pareto_tokens(&mut self) -> u32 {
-        (8.0 / (1.0 - self.next()).powf(1.0 / 1.5)).min(512.0) as u32
-    }
-}
 
 /// A rank: every step gives each running sequence a token and takes
 /// `slowness × (1 + 0.05 × running)` milliseconds (decode reads the weights once a step).
@@ -57,7 +41,7 @@ struct Simulation {
 impl Simulation {
     fn new(seed: u64, records: usize, slots: usize, slowness: Vec<f64>) -> Self {
         let mut random = Random(seed);
-        let lengths: Vec<u32> = (0..records).map(|_| random.pareto_tokens()).collect();
+        let lengths: Vec<u32> = (0..records).map(|_| random.pareto_tokens(8.0, 512.0)).collect();
         let estimates = lengths.iter().map(|&tokens| f64::from(tokens)).collect();
         Self { lengths, estimates, slots, slowness }
     }
@@ -112,14 +96,11 @@ impl Simulation {
         let config = HandoutConfig::for_workers(ranks.len());
         let mut handout = Handout::new(config, ranks.len());
         let mut next = 0;
-        while !handout.complete() {
-            let at = |rank: &Rank| rank.step_end_seconds;
-            let Some(turn) =
-                (0..ranks.len()).min_by(|&a, &b| at(&ranks[a]).total_cmp(&at(&ranks[b])))
-            else {
-                break;
-            };
-            let now = at(&ranks[turn]);
+        let mut turns: BinaryHeap<_> = (0..ranks.len()).map(|rank| Reverse((0, rank))).collect();
+        while !handout.complete()
+            && let Some(Reverse((at, turn))) = turns.pop()
+        {
+            let now = f64::from_bits(at);
             self.step(&mut ranks[turn]);
             if turn == 0 {
                 while next < self.lengths.len() && handout.wants_more() {
@@ -131,6 +112,8 @@ impl Simulation {
                 }
                 self.serve(&mut handout, &mut ranks, now);
             }
+            // Positive numbers are ordered as their bits are.
+            turns.push(Reverse((ranks[turn].step_end_seconds.to_bits(), turn)));
         }
         self.outcome(&ranks)
     }
@@ -228,4 +211,52 @@ fn unknown_lengths_still_beat_the_static_split() {
     let (handout, fixed) = show("unknown lengths", &simulation);
     assert!(handout.makespan_seconds < 0.7 * fixed.makespan_seconds);
     assert!(handout.makespan_seconds < 1.15 * simulation.ideal_seconds());
+}
+
+/// The table of docs/PERFORMANCE.md: records per rank as given, 16 slots, no rank slow or the
+/// last one 3 × slower, lengths known beforehand or not.
+fn table(sizes: &[usize], records_per_rank: usize) {
+    println!(
+        "| ranks | records | slow rank | lengths | hand-out / ideal | idle tail | static / ideal | idle tail |"
+    );
+    println!("|---:|---:|---|---|---:|---:|---:|---:|");
+    for &ranks in sizes {
+        for factor in [1.0, 3.0] {
+            for known in [true, false] {
+                let records = ranks * records_per_rank;
+                let slowness = slowed(ranks, factor);
+                let mut simulation = Simulation::new(ranks as u64, records, 16, slowness);
+                if !known {
+                    simulation.estimates.fill(512.0);
+                }
+                let (handout, fixed) = (simulation.run(), simulation.run_static());
+                let ideal = simulation.ideal_seconds();
+                println!(
+                    "| {ranks} | {records} | {} | {} | {:.2} | {:.1} % | {:.2} | {:.1} % |",
+                    if factor > 1.0 { "3 ×" } else { "none" },
+                    if known { "known" } else { "unknown" },
+                    handout.makespan_seconds / ideal,
+                    100.0 * handout.idle_tail,
+                    fixed.makespan_seconds / ideal,
+                    100.0 * fixed.idle_tail,
+                );
+                let name = format!("{ranks} ranks, slow × {factor}, known: {known}");
+                assert!(handout.makespan_seconds < 1.5 * ideal, "{name}");
+                assert!(handout.makespan_seconds < fixed.makespan_seconds, "{name}");
+            }
+        }
+    }
+}
+
+/// The cheap end of the table, always on.
+#[test]
+fn a_few_ranks_beat_the_static_split() {
+    table(&[8], 500);
+}
+
+/// The whole of it.
+#[test]
+#[ignore = "prints the table of docs/PERFORMANCE.md; takes minutes"]
+fn the_table_of_the_documentation() {
+    table(&[8, 64, 512, 1000], 1000);
 }
