@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use crate::comm::host_name;
 use crate::{Error, Result};
 
-/// Writes `bytes` to `path` + `.partial`, waits until they are on the disk, and renames.
+/// Writes `bytes` to a file beside `path`, waits until they are on the disk, and renames.
 ///
 /// # Errors
 /// A fault that names the file.
 pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    let partial = &with_suffix(path, "partial");
+    let partial = &unique(path);
     let write = || {
         let mut file = File::create(partial)?;
         file.write_all(bytes)?;
@@ -30,10 +30,7 @@ pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
 /// # Errors
 /// A fault that names the file.
 pub fn create_file(path: &Path, bytes: &[u8]) -> Result<bool> {
-    static COUNTER: AtomicU32 = AtomicU32::new(0);
-    let count = COUNTER.fetch_add(1, Ordering::Relaxed);
-    let suffix = format!("{}-{}-{count}.partial", host_name(), std::process::id());
-    let partial = with_suffix(path, &suffix);
+    let partial = unique(path);
     let write = || {
         let mut file = File::create(&partial)?;
         file.write_all(bytes)?;
@@ -55,6 +52,13 @@ pub fn create_file(path: &Path, bytes: &[u8]) -> Result<bool> {
     };
     let _ = fs::remove_file(&partial);
     outcome
+}
+
+/// A name beside `path` that no other process uses: several jobs may write the same file.
+fn unique(path: &Path) -> PathBuf {
+    static COUNTER: AtomicU32 = AtomicU32::new(0);
+    let count = COUNTER.fetch_add(1, Ordering::Relaxed);
+    with_suffix(path, &format!("{}-{}-{count}.partial", host_name(), std::process::id()))
 }
 
 /// `path` with `.suffix` put after its whole name.

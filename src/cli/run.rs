@@ -52,7 +52,8 @@ pub struct StatusArgs {
 /// `farm retry`.
 #[derive(Debug, Clone, Args)]
 pub struct RetryArgs {
-    /// The run directory; prompts, model, sampling and output are those of its run
+    /// The run directory; prompts, model, sampling and output are those of the command that
+    /// began the run
     #[arg(value_name = "RUN_DIR")]
     pub run_dir: PathBuf,
     /// Ranks and threads.

@@ -20,8 +20,8 @@ Exit codes:
   2   wrong command line
   3   bad input or model; nothing was done
   4   finished, some records failed
-  75  stopped early by a signal; the same command finishes the rest
-      (--interrupted-exit-code)";
+  75  stopped early (a signal, the end of the job's time, --no-wait); the same command
+      finishes the rest (--interrupted-exit-code)";
 
 /// The end of `farm --help`.
 pub fn examples_and_exit_codes() -> String {

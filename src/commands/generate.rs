@@ -3,6 +3,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::ffi::OsString;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -25,7 +26,7 @@ use crate::ledger::record::RunInfo;
 use crate::ledger::{
     Coordinator, CoordinatorParts, Feed, FeedConfig, Handout, HandoutConfig, JournalHeader,
     JournalWriter, Journals, OutputCounts, RemoteLink, RunDir, SyncPolicy, WorkerLink,
-    estimate_cost,
+    estimate_cost, merge,
 };
 use crate::model::{ModelRunner, WeightDtype};
 use crate::slurm::OomWatch;
@@ -168,7 +169,7 @@ impl Job {
         }
         phases.start_seconds = start.elapsed().as_secs_f64();
         if plan.finished {
-            return write_again(world, owner);
+            return write_again(world, owner, &|| stop.is_set());
         }
         let deadline = Deadline::new(plan.end_seconds.map(Duration::from_secs_f64), None, 0.0);
 
@@ -205,11 +206,7 @@ impl Job {
         staged.finish(topology);
         // A fault on any rank counts more than that the run stopped for it.
         let ended = agree(world, outcome.and_then(|ended| closed.map(|()| ended)))?;
-        let code = broadcast_vec(world, 0, ended.exit_code().to_le_bytes().to_vec());
-        match i32::from_le_bytes(code.try_into().unwrap_or_default()) {
-            STOPPED => Err(interrupted()),
-            code => Ok(code),
-        }
+        exit_code(world, ended)
     }
 
     /// Rank 0 plans; all get the plan or the error, which is no matter of rank 0: its
@@ -254,19 +251,35 @@ impl Job {
 }
 
 /// Every record was done before: only the output is written again, from the journals.
-fn write_again(world: &dyn Communicator, owner: Option<RunOwner>) -> Result<i32> {
-    let write = |mut session: Session| -> Result<OutputCounts> {
-        let total = session.journals.done().len();
-        let written = session.output.merge(session.journals.lines()?, total);
-        session.membership.leave(if written.is_ok() { "complete" } else { "failed" });
+fn write_again(
+    world: &dyn Communicator,
+    owner: Option<RunOwner>,
+    stop: &dyn Fn() -> bool,
+) -> Result<i32> {
+    let write = |session: Session| {
+        let Session { mut membership, mut claims, journals, mut output } = session;
+        let total = journals.done().len();
         tracing::info!("all {total} records were done before; the output is written again");
+        let file = output.file().map(Path::to_owned);
+        let written = merge(&mut claims, &mut membership, file.as_deref(), 0.0, stop, || {
+            output.merge(journals.lines()?, total)
+        });
+        membership.leave(if written.is_ok() { "complete" } else { "failed" });
         written
     };
     let session = owner.and_then(|owner| owner.session);
-    let written = agree(world, session.map(write).transpose())?;
-    let code = Ended { written, ..Ended::default() }.exit_code();
-    let code = broadcast_vec(world, 0, code.to_le_bytes().to_vec());
-    Ok(i32::from_le_bytes(code.try_into().unwrap_or_default()))
+    let written = agree(world, session.map(write).transpose())?.flatten();
+    let ended = Ended { written, ..Ended::default() };
+    exit_code(world, ended)
+}
+
+/// Rank 0's exit code, on all ranks.
+fn exit_code(world: &dyn Communicator, ended: Ended) -> Result<i32> {
+    let code = broadcast_vec(world, 0, ended.exit_code().to_le_bytes().to_vec());
+    match i32::from_le_bytes(code.try_into().unwrap_or_default()) {
+        STOPPED => Err(interrupted()),
+        code => Ok(code),
+    }
 }
 
 fn pin_kernels(tier: cli::KernelTier) -> Result<()> {

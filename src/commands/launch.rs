@@ -11,7 +11,7 @@ use crate::slurm::{
     JobEnv, RankCpus, guess_threads, init_threads, launcher_local_ranks, limit_library_threads,
     threads_for_rank,
 };
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 
 /// One rank of the job.
 pub struct Rank {
@@ -140,5 +140,9 @@ fn on_threads(
 }
 
 fn print_error(error: &Error) {
-    say(format_args!("farm: error: {error}"));
+    match error.kind {
+        // Asked for, and nothing is wrong.
+        ErrorKind::Interrupted => say(format_args!("farm: {error}")),
+        _ => say(format_args!("farm: error: {error}")),
+    }
 }

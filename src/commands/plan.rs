@@ -15,8 +15,8 @@ use crate::commands::launch::Rank;
 use crate::engine::{Mode, SamplingParams};
 use crate::ledger::claims::{Claims, Evidence, HostEvidence, JobRef, LaunchId, Standing};
 use crate::ledger::{
-    self, ExistingRun, Journals, Membership, OrderedOutput, OutputTarget, RunDir, RunFile,
-    RunIdentity, membership,
+    self, ExistingRun, Journals, Membership, OrderedOutput, OutputCounts, OutputTarget, RunDir,
+    RunFile, RunIdentity, membership,
 };
 use crate::model::source::Safetensors;
 use crate::model::tokenizer::Tokenizer;
@@ -206,7 +206,7 @@ pub fn plan(job: &Job, rank: &Rank, start: Instant) -> Result<(RunPlan, RunOwner
         started_unix_seconds: run.started_unix_seconds(),
         params: checked.params,
         max_seq_len: checked.max_seq_len,
-        prompts_name: job.input.prompts_file.display().to_string(),
+        prompts_name: run.file().prompts_name.clone(),
         model_name: checked.model_name,
         launch: session.membership.launch(),
         finished: is_finished(job, &session),
@@ -232,7 +232,9 @@ fn open_run(job: &Job, checked: &Checked, launch: ledger::Launch) -> Result<RunD
     let claim_records = checked.prompts.claim_records()?;
     let arguments =
         job.arguments()?.iter().map(|word| word.to_string_lossy().into_owned()).collect();
-    let new = RunFile::new(checked.identity.clone(), claim_records, launch, arguments);
+    let prompts_name = job.input.prompts_file.display().to_string();
+    let identity = checked.identity.clone();
+    let new = RunFile::new(identity, prompts_name, claim_records, launch, arguments);
     RunDir::open(path, new, existing)
 }
 
@@ -331,9 +333,9 @@ fn report_resume(journals: &mut Journals, gone: &[LaunchId]) -> Resumed {
 }
 
 fn is_finished(job: &Job, session: &Session) -> bool {
-    let done = session.journals.done().len();
-    let left = if job.retry { session.journals.failed().len() } else { 0 };
-    session.membership.merged_records() == Some(done) && left == 0
+    let (records, errors) = (session.journals.done().len(), session.journals.failed().len());
+    session.membership.merged() == Some(OutputCounts { records, errors })
+        && !(job.retry && errors > 0)
 }
 
 /// Reads what a load would stumble over: configuration, headers, tokenizer.

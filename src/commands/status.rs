@@ -90,7 +90,7 @@ fn read(run_dir: &Path) -> Result<Status> {
         (sum(|w| w.records_per_second), sum(|w| w.tokens_per_second));
     let records_done = journals.done().len();
     let totals = look.live.iter().filter_map(|file| file.progress.records_total);
-    let records_total = look.merged_records.or(totals.max());
+    let records_total = look.merged.map(|merged| merged.records).or(totals.max());
     let left = records_total.map(|total| total.saturating_sub(records_done) as f64);
     let left_seconds = left.filter(|_| records_per_second > 0.0).map(|n| n / records_per_second);
     Ok(Status {
@@ -101,7 +101,9 @@ fn read(run_dir: &Path) -> Result<Status> {
         records_failed: journals.failed().len(),
         records_saved: journals.saved_records(),
         duplicates: journals.duplicates(),
-        complete: look.merged_records == Some(records_done) && working.is_empty(),
+        complete: look.merged.is_some_and(|merged| {
+            (merged.records, merged.errors) == (records_done, journals.failed().len())
+        }),
         launches: look.launches,
         working,
         records_per_second,

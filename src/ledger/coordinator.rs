@@ -3,18 +3,17 @@
 //! blocks back to those that have nothing to do, and merges at the end. Polled between
 //! engine steps.
 
+use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-use serde_json::{Value, json};
+use std::time::Duration;
 
 use crate::comm::Communicator;
-use crate::ledger::claims::Standing;
 use crate::ledger::dealer::Dealer;
 use crate::ledger::feed::Feed;
 use crate::ledger::journal::StoredLines;
 use crate::ledger::link::Inbox;
 use crate::ledger::membership::Membership;
+use crate::ledger::merge::merge;
 use crate::ledger::protocol::{Order, TAG_TO_COORDINATOR, TAG_TO_WORKER, Update};
 use crate::ledger::{
     Finished, Handout, HandoutCounts, LinkState, Load, OrderedOutput, OutputCounts, RunProgress,
@@ -143,38 +142,21 @@ impl Coordinator {
 
     /// Every record is done: one of the launches that find this writes the output.
     fn merge(&mut self, stop: &dyn Fn() -> bool) -> Result<Option<OutputCounts>> {
-        let (begun, began_seconds) = (Instant::now(), self.now_seconds);
-        let file = self.output.file().map(std::path::absolute).transpose();
-        let file = file.map_err(Error::fault)?.map(|file| file.display().to_string());
-        loop {
-            let name = self.membership.merge_name();
-            let now = began_seconds + begun.elapsed().as_secs_f64();
-            match self.dealer.feed.claims_mut().claim(&name, now)? {
-                Standing::Mine => {
-                    let counts = self.write_all()?;
-                    let done = json!({
-                        "output": file, "records": counts.records, "errors": counts.errors
-                    });
-                    self.dealer.feed.claims_mut().complete(&name, &done)?;
-                    return Ok(Some(counts));
-                }
-                Standing::Done(done) if done["output"] == json!(file) => {
-                    return Ok(Some(counts_of(&done)));
-                }
-                Standing::Done(_) => self.membership.next_merge(),
-                _ if stop() => return Ok(None),
-                _ => std::thread::sleep(Duration::from_millis(200)),
-            }
-        }
-    }
-
-    fn write_all(&mut self) -> Result<OutputCounts> {
         let total = self.dealer.feed.total().unwrap_or_default();
-        if self.output.is_ordered() {
-            self.output.finish(total)
-        } else {
-            self.output.merge((self.read_stored)()?, total)
+        if self.dealer.feed.shared() {
+            self.output.abandon();
         }
+        let (output, read_stored) = (&mut self.output, &self.read_stored);
+        let file = output.file().map(Path::to_owned);
+        let claims = self.dealer.feed.claims_mut();
+        let member = &mut self.membership;
+        merge(claims, member, file.as_deref(), self.now_seconds, stop, || {
+            if output.is_ordered() {
+                output.finish(total)
+            } else {
+                output.merge(read_stored()?, total)
+            }
+        })
     }
 
     fn fail(&mut self, error: Error) {
@@ -365,9 +347,4 @@ impl WorkerLink for Coordinator {
         }
         self.error.clone().map_or(Ok(()), Err)
     }
-}
-
-fn counts_of(done: &Value) -> OutputCounts {
-    let count = |name: &str| done[name].as_u64().unwrap_or_default();
-    OutputCounts { records: count("records"), errors: count("errors") }
 }

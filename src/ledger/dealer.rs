@@ -95,6 +95,7 @@ impl Dealer {
         let counts = self.handout.counts();
         if self.no_wait && counts.in_window == 0 && counts.outstanding == 0 {
             self.left_to_others = true;
+            tracing::info!("only records that other jobs work on are left (--no-wait)");
             self.handout.end_of_input();
         }
     }

@@ -118,8 +118,8 @@ pub struct Feed {
     claims: Claims,
     journals: Box<dyn JournalIndex>,
     blocks: BTreeMap<u64, Block>,
-    /// Failed records that a retry has not brought to an end yet.
-    again: IndexSet,
+    /// Failed records that nobody has tried again since, with the attempt that failed.
+    again: BTreeMap<u64, u16>,
     /// Done by anyone, as far as known: the journals as they were last read, and what this
     /// launch completed.
     done: IndexSet,
@@ -161,9 +161,10 @@ impl Feed {
         journals: Box<dyn JournalIndex>,
         stored: Option<StoredLines>,
     ) -> Self {
-        let again = if config.retry { journals.failed().clone() } else { IndexSet::new() };
+        let failed = config.retry.then(|| journals.failed().iter()).into_iter().flatten();
+        let again: BTreeMap<_, _> = failed.map(|index| (index, journals.attempt(index))).collect();
         let done = journals.done().clone();
-        let resumed = done.len() - again.len();
+        let resumed = done.len() - again.len() as u64;
         Self {
             config,
             open,
@@ -225,25 +226,25 @@ impl Feed {
     /// Its saved state cannot be read.
     pub fn task(&self, record: RawRecord) -> Result<Task> {
         let index = record.index;
-        let again = u16::from(self.again.contains(index));
-        let attempt = self.journals.attempt(index) + again;
+        let failed = self.again.get(&index);
+        let attempt = failed.map_or(0, |attempt| attempt.saturating_add(1));
         Ok(Task { record, attempt, saved: self.journals.saved(index).transpose()? })
     }
 
     /// Notes that this launch has done a record.
     pub fn completed(&mut self, index: u64) {
         self.done.insert(index);
-        self.again.remove(index);
+        self.again.remove(&index);
     }
 
     /// Whether a record needs no more work.
     pub fn is_done(&self, index: u64) -> bool {
-        self.done.contains(index) && !self.again.contains(index)
+        self.done.contains(index) && !self.again.contains_key(&index)
     }
 
     /// Records done, by all launches, as far as this one knows.
     pub fn records_done(&self) -> u64 {
-        self.done.len() - self.again.len()
+        self.done.len() - self.again.len() as u64
     }
 
     /// Records that earlier launches had done when this one began.
@@ -329,11 +330,12 @@ impl Feed {
     }
 
     fn refresh(&mut self) -> Result<()> {
-        let before = self.done.len();
+        let before = self.records_done();
         self.journals.refresh()?;
         self.done.union(self.journals.done());
+        self.again.retain(|&index, &mut failed| self.journals.attempt(index) <= failed);
         // What this launch did it knew already.
-        self.shared |= self.done.len() > before;
+        self.shared |= self.records_done() > before;
         Ok(())
     }
 

@@ -4,12 +4,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::RunDir;
 use super::claims::{
     Claims, ClaimsConfig, Evidence, FsStore, Heartbeat, JobRef, LaunchId, Owner, OwnerFile,
     OwnerProgress, Standing,
 };
+use super::merge::counts_of;
 use super::run_dir::Launch;
+use super::{OutputCounts, RunDir};
 use crate::{Error, Result};
 
 /// A launch on a run, from its registration until it leaves.
@@ -20,7 +21,7 @@ pub struct Membership {
     progress: Arc<Mutex<OwnerProgress>>,
     /// The merge that this launch may have a part in: those before it are done.
     merge: u32,
-    merged_records: Option<u64>,
+    merged: Option<OutputCounts>,
     late_seconds: f64,
 }
 
@@ -47,14 +48,14 @@ impl Membership {
         let file = file.ok_or_else(|| Error::fault("a launch without an owner file"))?;
         let heartbeat = Heartbeat::start(FsStore::new(run_dir)?, file.clone(), heartbeat_seconds);
         let progress = heartbeat.progress();
-        let (merge, merged_records) = merges_done(&mut claims)?;
+        let (merge, merged) = merges_done(&mut claims)?;
         let member = Self {
             run_dir: run_dir.to_owned(),
             file,
             heartbeat: Some(heartbeat),
             progress,
             merge,
-            merged_records,
+            merged,
             late_seconds,
         };
         Ok((member, claims))
@@ -70,9 +71,9 @@ impl Membership {
         merge_name(self.merge)
     }
 
-    /// Records of the whole run, where it was complete before this launch.
-    pub fn merged_records(&self) -> Option<u64> {
-        self.merged_records
+    /// What the output held that was written last before this launch.
+    pub fn merged(&self) -> Option<OutputCounts> {
+        self.merged
     }
 
     /// After a merge to another output: the one that may be this launch's.
@@ -132,8 +133,8 @@ pub struct Look {
     pub live: Vec<OwnerFile>,
     /// Launches that ever were.
     pub launches: u64,
-    /// Records of the whole run, once its output was written.
-    pub merged_records: Option<u64>,
+    /// What the output holds that was written last.
+    pub merged: Option<OutputCounts>,
 }
 
 /// Looks at the run in `run_dir`.
@@ -143,21 +144,21 @@ pub struct Look {
 pub fn look(run_dir: &Path, evidence: Box<dyn Evidence>) -> Result<Look> {
     let folder = RunDir::claims_of(run_dir);
     if !folder.is_dir() {
-        return Ok(Look { live: Vec::new(), launches: 0, merged_records: None });
+        return Ok(Look { live: Vec::new(), launches: 0, merged: None });
     }
     let store = Box::new(FsStore::view(run_dir)?);
     let mut claims = Claims::view(store, evidence, ClaimsConfig::default())?;
-    let (_, merged_records) = merges_done(&mut claims)?;
+    let (_, merged) = merges_done(&mut claims)?;
     let launches = claims.owners(0.0)?.len() as u64;
-    Ok(Look { live: claims.live_others(0.0)?, launches, merged_records })
+    Ok(Look { live: claims.live_others(0.0)?, launches, merged })
 }
 
-/// The first merge that is not done, and the records that the one before it wrote.
-fn merges_done(claims: &mut Claims) -> Result<(u32, Option<u64>)> {
-    let (mut merge, mut records) = (0, None);
+/// The first merge that is not done, and what the one before it wrote.
+fn merges_done(claims: &mut Claims) -> Result<(u32, Option<OutputCounts>)> {
+    let (mut merge, mut merged) = (0, None);
     while let Standing::Done(done) = claims.standing(&merge_name(merge), 0.0)? {
         merge += 1;
-        records = done["records"].as_u64();
+        merged = Some(counts_of(&done));
     }
-    Ok((merge, records))
+    Ok((merge, merged))
 }

@@ -15,6 +15,7 @@ use std::io::{BufWriter, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use crate::comm::host_name;
 use crate::files::{sync_folder, with_suffix};
 use crate::ledger::journal::StoredLines;
 use crate::{Error, Result};
@@ -155,12 +156,16 @@ impl OrderedOutput {
     pub fn merge(&mut self, stored: StoredLines, total: u64) -> Result<OutputCounts> {
         self.abandon();
         if let Some(file) = &self.file {
-            self.lines = Some(Lines::growing(file, "merging")?);
+            // Of its own, should another launch that was thought gone still be merging.
+            let suffix = format!("{}-{}.merging", host_name(), std::process::id());
+            self.lines = Some(Lines::growing(file, &suffix)?);
             self.next = 0;
         }
         self.ordered = true;
         self.stored = Some(stored);
-        self.finish(total)
+        let counts = self.finish(total)?;
+        self.file.iter().for_each(|file| remove_unlocked(&with_suffix(file, "partial")));
+        Ok(counts)
     }
 
     /// Takes the line of record `index` (with its `\n`). A second line for the same record
@@ -265,7 +270,7 @@ struct Lines {
     /// For messages.
     name: PathBuf,
     /// What files that are not complete end in.
-    suffix: &'static str,
+    suffix: String,
     writer: BufWriter<Box<dyn Write + Send>>,
     growing: Option<Growing>,
     errors: Option<(BufWriter<File>, Growing)>,
@@ -302,14 +307,14 @@ impl Lines {
     fn direct(name: PathBuf, stream: Box<dyn Write + Send>) -> Self {
         let writer = BufWriter::with_capacity(256 << 10, stream);
         let counts = OutputCounts::default();
-        Self { name, suffix: "partial", writer, growing: None, errors: None, counts }
+        Self { name, suffix: "partial".to_owned(), writer, growing: None, errors: None, counts }
     }
 
-    fn growing(to: &Path, suffix: &'static str) -> Result<Self> {
+    fn growing(to: &Path, suffix: &str) -> Result<Self> {
         let growing = Growing::create(to, suffix)?;
         let stream = growing.file.try_clone().map_err(|error| refused(to, error))?;
         let lines = Self::direct(growing.partial.clone(), Box::new(stream));
-        Ok(Self { suffix, growing: Some(growing), ..lines })
+        Ok(Self { suffix: suffix.to_owned(), growing: Some(growing), ..lines })
     }
 
     fn write(&mut self, line: &[u8], is_error: bool, errors_file: &Path) -> Result<()> {
@@ -320,7 +325,7 @@ impl Lines {
             let (writer, growing) = match &mut self.errors {
                 Some(errors) => errors,
                 None => {
-                    let growing = Growing::create(errors_file, self.suffix)?;
+                    let growing = Growing::create(errors_file, &self.suffix)?;
                     let file = growing.file.try_clone();
                     let file = file.map_err(|error| Error::io(&growing.partial, error))?;
                     self.errors.insert((BufWriter::new(file), growing))
@@ -353,6 +358,13 @@ impl Lines {
     fn discard(self) {
         self.errors.into_iter().for_each(|(_, growing)| growing.discard());
         self.growing.into_iter().for_each(Growing::discard);
+    }
+}
+
+/// What a killed launch left, unless somebody writes it.
+fn remove_unlocked(path: &Path) {
+    if File::open(path).is_ok_and(|file| file.try_lock().is_ok()) {
+        let _ = std::fs::remove_file(path);
     }
 }
 

@@ -114,6 +114,8 @@ pub struct RunFile {
     pub format: u32,
     /// What decides the records.
     pub identity: RunIdentity,
+    /// The prompts file as the first launch named it: error records show it.
+    pub prompts_name: String,
     /// Records in a claim block.
     pub claim_records: u64,
     /// The launch that began the run.
@@ -129,11 +131,13 @@ impl RunFile {
     /// A run that begins now.
     pub fn new(
         identity: RunIdentity,
+        prompts_name: String,
         claim_records: u64,
         created: Launch,
         arguments: Vec<String>,
     ) -> Self {
-        Self { format: FORMAT, identity, claim_records, created, arguments, rest: Map::new() }
+        let (format, rest) = (FORMAT, Map::new());
+        Self { format, identity, prompts_name, claim_records, created, arguments, rest }
     }
 
     /// Reads `run.json` of the run directory at `path`; `None` if there is none.
@@ -162,7 +166,11 @@ impl RunFile {
                 name.display()
             )));
         }
-        serde_json::from_slice(&bytes).map(Some).map_err(broken)
+        let run: Self = serde_json::from_slice(&bytes).map_err(broken)?;
+        if run.claim_records == 0 {
+            return Err(Error::input(format!("{}: claim_records is 0; {HELP}", name.display())));
+        }
+        Ok(Some(run))
     }
 
     /// Whether this is the run that `identity` means.
@@ -225,6 +233,12 @@ impl RunDir {
         }
         let journal = Self::journal_of(path);
         if journal.exists() {
+            // Another job may have begun the run just now; an NFS client asks the server again
+            // once the directory has been opened.
+            let _ = fs::read_dir(path);
+            if let Some(run) = RunFile::read(path)? {
+                return Self::go_on(path, run, &new.identity);
+            }
             return Err(Error::input(format!(
                 "{} holds finished records but its run.json is gone: give another --run-dir, or \
                  --force-new to set them aside",
@@ -235,10 +249,14 @@ impl RunDir {
         // run.json first: a journal without it is taken for another run's. Of jobs that start
         // at the same time one writes it.
         let is_first = create_file(&path.join("run.json"), &text)?;
-        let run = if is_first { new.clone() } else { RunFile::read(path)?.unwrap_or(new.clone()) };
-        run.check_same(path, &new.identity)?;
+        if !is_first {
+            let run = RunFile::read(path)?.ok_or_else(|| {
+                Error::fault(format!("{}: run.json is there and is not", path.display()))
+            })?;
+            return Self::go_on(path, run, &new.identity);
+        }
         fs::create_dir_all(&journal).map_err(refused)?;
-        Ok(Self { path: path.to_owned(), run, resumed: false })
+        Ok(Self { path: path.to_owned(), run: new, resumed: false })
     }
 
     fn go_on(path: &Path, run: RunFile, identity: &RunIdentity) -> Result<Self> {
@@ -290,6 +308,7 @@ fn set_aside(path: &Path) -> Result<()> {
         "stats.json",
         "ranks.csv",
         "events.jsonl",
+        "stdin",
         "run.json",
     ];
     if !names.iter().any(|name| path.join(name).exists()) {
@@ -337,7 +356,11 @@ mod tests {
     }
 
     fn open(path: &Path, identity: &RunIdentity, existing: ExistingRun) -> Result<RunDir> {
-        RunDir::open(path, RunFile::new(identity.clone(), 8, launch(100), Vec::new()), existing)
+        RunDir::open(
+            path,
+            RunFile::new(identity.clone(), "p".into(), 8, launch(100), Vec::new()),
+            existing,
+        )
     }
 
     #[test]
@@ -345,7 +368,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("deep/run");
         assert!(!open(&path, &identity(), ExistingRun::Resume).unwrap().resumed());
-        let later = RunFile::new(identity(), 64, launch(200), vec!["--chat".into()]);
+        let later = RunFile::new(identity(), "q".into(), 64, launch(200), vec!["--chat".into()]);
         let second = RunDir::open(&path, later, ExistingRun::Resume).unwrap();
         assert!(second.resumed());
         assert_eq!(second.started_unix_seconds(), 100);
@@ -358,7 +381,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let starts: Vec<u64> = std::thread::scope(|scope| {
             let begin = |number| {
-                let run = RunFile::new(identity(), 8, launch(number), Vec::new());
+                let run = RunFile::new(identity(), "p".into(), 8, launch(number), Vec::new());
                 RunDir::open(dir.path(), run, ExistingRun::Resume).unwrap().started_unix_seconds()
             };
             let threads: Vec<_> = (0..8).map(|n| scope.spawn(move || begin(n))).collect();

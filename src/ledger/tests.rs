@@ -95,7 +95,7 @@ fn join(
         host: "node1".into(),
         started_unix_seconds: 1,
     };
-    let file = RunFile::new(identity, 32, facts.clone(), Vec::new());
+    let file = RunFile::new(identity, "p".into(), 32, facts.clone(), Vec::new());
     let run_dir = RunDir::open(&run, file, ExistingRun::Resume).unwrap();
     let evidence = Box::new(HostEvidence::new(|_| None));
     let config = ClaimsConfig { heartbeat_seconds: 0.5, ..ClaimsConfig::default() };

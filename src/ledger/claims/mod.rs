@@ -28,7 +28,7 @@
 //! ([`Heartbeat`]). [`judge`] says when an owner is gone: at once where something proves it
 //! (it left; its process is no more; a newer restart of its job is here; its step has
 //! ended), else when its heartbeat has stopped. Slurm is asked only about owners without a
-//! heartbeat for three periods. Stopped means
+//! heartbeat for one and a half periods. Stopped means
 //! - older than the timeout, *and* watched without a beat for six periods: after a file
 //!   server was away for minutes all heartbeats are old, and all owners alive. For the same
 //!   reason a clock that is wrong by hours makes nobody seem dead; or

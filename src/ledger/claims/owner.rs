@@ -234,7 +234,7 @@ pub trait Evidence: Send {
 type AskSlurm = Box<dyn FnMut(&JobRef) -> Option<bool> + Send>;
 
 /// How often Slurm's controller is asked about one step.
-const SLURM_SECONDS: f64 = 20.0;
+const SLURM_SECONDS: f64 = 10.0;
 
 /// The real [`Evidence`]: `/proc`, and Slurm as the caller asks it.
 pub struct HostEvidence {
@@ -246,7 +246,7 @@ pub struct HostEvidence {
 
 impl HostEvidence {
     /// Evidence from this host. `ask_slurm` may take its time: it is called at most every
-    /// 20 seconds for a step, and never again once that has ended.
+    /// 10 seconds for a step, and never again once that has ended.
     pub fn new(ask_slurm: impl FnMut(&JobRef) -> Option<bool> + Send + 'static) -> Self {
         let here = ProcessId::this_process();
         Self { here, ask_slurm: Box::new(ask_slurm), answers: HashMap::new() }

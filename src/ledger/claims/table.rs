@@ -31,7 +31,7 @@ impl Default for ClaimsConfig {
 impl ClaimsConfig {
     /// Without a heartbeat for so long an owner is worth a question to Slurm.
     pub(super) fn quiet_seconds(&self) -> f64 {
-        3.0 * self.heartbeat_seconds
+        1.5 * self.heartbeat_seconds
     }
 
     /// Even the oldest heartbeat is watched for so long before it counts as stopped.

@@ -140,7 +140,7 @@ fn the_dead_are_seen_at_once_where_there_is_proof_and_by_heartbeat_where_not() {
                 world.disk.kill(it.client);
                 world.deaths.end_step(it.owner.job.as_ref().unwrap());
             },
-            14..=17,
+            6..=9,
             119..=123,
         ),
         (

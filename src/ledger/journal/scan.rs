@@ -302,6 +302,10 @@ impl Journals {
             let entry = entry.map_err(io)?;
             let name = entry.file_name();
             let Some(name) = name.to_str().and_then(parse_file_name) else { continue };
+            // A pipe would be waited for, a directory cannot be read.
+            if !entry.file_type().map_err(io)?.is_file() {
+                continue;
+            }
             let files = &mut self.files;
             self.by_name.entry(name).or_insert_with(|| {
                 files.push(Journal::new(name, entry.path()));
