@@ -267,7 +267,7 @@ impl Coordinator {
 
     fn tell_state(&mut self) {
         let order = Order::NoMore { stopped: self.state() == LinkState::Stopped };
-        for worker in self.dealer.to_be_told() {
+        for worker in self.dealer.take_untold() {
             self.comm.send(worker, TAG_TO_WORKER, order.encode());
         }
     }

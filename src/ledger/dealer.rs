@@ -161,7 +161,7 @@ impl Dealer {
 
     /// The workers that are to be told, now, that no more will come, once, and that the run
     /// drains, if it does.
-    pub(super) fn to_be_told(&mut self) -> Vec<usize> {
+    pub(super) fn take_untold(&mut self) -> Vec<usize> {
         let state = self.state();
         let workers = self.workers.iter_mut().enumerate().skip(1);
         let untold = workers.filter(|(_, known)| known.told != state && !known.goodbye);

@@ -900,7 +900,7 @@ fn receive(launch: &mut Launch, now_seconds: f64) -> Result<()> {
 
 fn tell_state(launch: &mut Launch) {
     let order = Order::NoMore { stopped: launch.dealer.state() == LinkState::Stopped };
-    for worker in launch.dealer.to_be_told() {
+    for worker in launch.dealer.take_untold() {
         launch.comms[0].send(worker, TAG_TO_WORKER, order.encode());
     }
 }
