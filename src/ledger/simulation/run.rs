@@ -486,10 +486,9 @@ impl World {
             pid_start: None,
         };
         let job = self.has_slurm.then(|| JobRef {
-            cluster: None,
             job_id: place as u64,
-            restart_count: 0,
             step_id: Some(0),
+            ..JobRef::default()
         });
         Owner { process, job, facts: Value::Null }
     }
