@@ -318,6 +318,58 @@ fn retry_works_on_the_failed_records() {
     assert_eq!(nothing.status.code(), Some(3));
 }
 
+/// Two retries at once share the failed records and do not wait for each other for ever.
+#[test]
+fn two_retries_at_once_come_to_an_end() {
+    let scratch = Scratch::new();
+    let lines: String = (0..400)
+        .map(|i| if i % 2 == 0 { "not json\n".into() } else { format!("{{\"prompt\":\"{i}\"}}\n") })
+        .collect();
+    let file = scratch.file("prompts.jsonl", lines);
+    let farm = scratch.farm("run", Launch::Alone, "generate").model(golden("llama_gqa"));
+    let farm = farm.prompts(&file).args(["--max-new-tokens", "2"]);
+    farm.ends_with(4);
+    let expected = farm.output();
+    let retries: Vec<_> = (0..3).map(|_| farm.retry().start()).collect();
+    retries.into_iter().for_each(|retry| drop(retry.wait().with_code(4)));
+    assert!(farm.output() == expected);
+}
+
+/// Who has no output file gets all records on standard output, whoever generated them.
+#[test]
+fn every_job_without_an_output_file_prints_all_records() {
+    let scratch = Scratch::new();
+    let prompts = prompts(&scratch);
+    let expected = long_run(&scratch, "undisturbed", Launch::Alone).prompts(&prompts);
+    expected.ends_with(0);
+    let farm = long_run(&scratch, "run", Launch::Alone).prompts(&prompts).without("--output");
+    let jobs: Vec<_> = (0..3).map(|_| farm.start()).collect();
+    for job in jobs {
+        assert!(job.wait().with_code(0).stdout == expected.output());
+    }
+    each_record_once(&farm);
+}
+
+/// Jobs that end at the same moment, and some that find all done, all leave with success.
+#[test]
+fn jobs_that_end_together_do_not_disturb_each_other() {
+    let scratch = Scratch::new();
+    let file = scratch.file("prompts.txt", "The cat\nOnce\n".repeat(20));
+    let farm = scratch.farm("run", Launch::Alone, "generate").model(golden("llama_gqa"));
+    let farm = farm.prompts(&file).args(["--max-new-tokens", "3", "--quiet"]);
+    for _ in 0..3 {
+        let jobs: Vec<_> = (0..6).map(|_| farm.start()).collect();
+        jobs.into_iter().for_each(|job| drop(job.wait().with_code(0)));
+    }
+    assert_eq!((farm.records().len(), farm.journals().duplicates()), (40, 0));
+    let left: Vec<_> = std::fs::read_dir(farm.out().parent().expect("a folder"))
+        .expect("a folder")
+        .map(|entry| entry.expect("an entry").file_name().into_string().expect("a name"))
+        .filter(|name| name.contains("out.jsonl."))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
 /// A file system of its own for a folder, for as long as the test takes.
 struct SmallDisk(PathBuf);
 

@@ -459,7 +459,7 @@ mod tests {
     }
 
     #[test]
-    fn slurm_is_asked_every_20_seconds_until_the_step_has_ended() {
+    fn slurm_is_asked_every_10_seconds_until_the_step_has_ended() {
         let asked = Arc::new(AtomicU32::new(0));
         let answer = Arc::new(Mutex::new(None));
         let (count, reply) = (asked.clone(), answer.clone());
@@ -470,10 +470,10 @@ mod tests {
         let job = JobRef { job_id: 4, step_id: Some(0), ..JobRef::default() };
         let table = [
             (0.0, None, None, 1),
-            (19.0, Some(false), None, 1),
-            (20.0, Some(false), Some(false), 2),
-            (39.0, Some(true), Some(false), 2),
-            (41.0, Some(true), Some(true), 3),
+            (9.0, Some(false), None, 1),
+            (10.0, Some(false), Some(false), 2),
+            (19.0, Some(true), Some(false), 2),
+            (21.0, Some(true), Some(true), 3),
             (1e6, None, Some(true), 3),
         ];
         for (now, slurm_says, expected, asked_by_now) in table {
