@@ -186,7 +186,7 @@ impl Bench {
         };
         // What farm chooses for so many records.
         let claim_records = 4;
-        let file = RunFile::new(identity, claim_records, facts.clone(), Vec::new());
+        let file = RunFile::new(identity, "p".into(), claim_records, facts.clone(), Vec::new());
         let run = RunDir::open(&run_dir, file, ExistingRun::Resume).unwrap();
         let joined =
             Membership::join(run.path(), None, &facts, evidence(), ClaimsConfig::default());
