@@ -270,10 +270,10 @@ long_reference() {
 # kills.sh has the long one.
 test_a_run_that_is_killed_again_and_again() {
     long_reference
-    killed_run killed "$LONG_PROMPTS" 4 "$(awk "BEGIN { print int($LONG_SECONDS * 300 + 1500) }")"
+    killed_run killed-again "$LONG_PROMPTS" 4 "$(awk "BEGIN { print int($LONG_SECONDS * 300 + 1500) }")"
     [ "$kills_done" -ge 2 ] || fail "the run was over after $kills_done kills"
-    same "$LONG_OUTPUT" "$(output killed)"
-    each_record_once killed $LONG_RECORDS
+    same "$LONG_OUTPUT" "$(output killed-again)"
+    each_record_once killed-again $LONG_RECORDS
 }
 
 # The limit leaves each start half of it, and half the records, one at a time on each rank, take longer than that.
