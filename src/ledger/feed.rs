@@ -131,7 +131,7 @@ pub struct Feed {
     looked_seconds: f64,
     /// The block that the next look begins with.
     look_from: u64,
-    /// Launches that were gone when the journals were last read.
+    /// Launches that were gone for good when the journals were last read.
     settled: HashSet<LaunchId>,
     shared: bool,
     wishing: bool,
@@ -348,11 +348,14 @@ impl Feed {
         let mine = self.take(block, now_seconds)?;
         let name = block_name(block);
         if mine && self.claims.generation(&name) > 1 {
-            // A launch that was gone at the last look has journalled nothing since.
+            // A launch that was gone for good at the last look has journalled nothing since.
             let former = self.claims.taken_over_from(&name);
             if former.is_none_or(|launch| !self.settled.contains(&launch)) {
+                let for_good = former
+                    .map(|launch| self.claims.is_gone_for_good(launch, now_seconds))
+                    .transpose()?;
                 self.refresh()?;
-                self.settled.extend(former);
+                self.settled.extend(former.filter(|_| for_good == Some(true)));
             }
         }
         Ok(mine)

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::owner::{
-    Evidence, LaunchId, Owner, OwnerFile, OwnerProgress, OwnerState, UNKNOWN_LAUNCH,
+    Evidence, Gone, LaunchId, Owner, OwnerFile, OwnerProgress, OwnerState, UNKNOWN_LAUNCH,
 };
 use super::store::ClaimStore;
 use super::watch::{SeenOwner, Silence, Watch};
@@ -266,6 +266,19 @@ impl Claims {
         }
         let (store, evidence) = (self.store.as_mut(), self.evidence.as_mut());
         Ok(self.watch.judge(launch, store, evidence, now_seconds)?.is_some())
+    }
+
+    /// Whether another launch is gone and nothing can bring it back.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn is_gone_for_good(&mut self, launch: LaunchId, now_seconds: f64) -> Result<bool> {
+        if launch == self.launch() || launch == UNKNOWN_LAUNCH {
+            return Ok(false);
+        }
+        let (store, evidence) = (self.store.as_mut(), self.evidence.as_mut());
+        let gone = self.watch.judge(launch, store, evidence, now_seconds)?;
+        Ok(gone.is_some_and(Gone::is_final))
     }
 
     /// Other launches that are not gone.
