@@ -16,8 +16,7 @@ use crate::ledger::membership::Membership;
 use crate::ledger::merge::merge;
 use crate::ledger::protocol::{Order, TAG_TO_COORDINATOR, TAG_TO_WORKER, Update};
 use crate::ledger::{
-    Finished, Handout, HandoutCounts, LinkState, Load, OrderedOutput, OutputCounts, RunProgress,
-    Task, WorkerLink,
+    Finished, Handout, LinkState, Load, OrderedOutput, OutputCounts, RunProgress, Task, WorkerLink,
 };
 use crate::prompts::RawRecord;
 use crate::{Error, Result};
@@ -106,11 +105,6 @@ impl Coordinator {
             this.dealer.handout.without_horizon();
         }
         this
-    }
-
-    /// Records read, handed out and completed so far by this launch.
-    pub fn counts(&self) -> HandoutCounts {
-        self.dealer.handout.counts()
     }
 
     /// Records that were done before this launch.

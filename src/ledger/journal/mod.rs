@@ -51,12 +51,10 @@ mod writer;
 
 use serde::{Deserialize, Serialize};
 
+pub use super::claims::LaunchId;
 pub use scan::{Journals, LaunchCounts, TornTail};
 pub use stored::StoredLines;
 pub use writer::{JournalWriter, RecordSink, SyncPolicy};
-
-/// Number of a start of farm on the run.
-pub type LaunchId = u32;
 
 /// Version of the format.
 const FORMAT: u16 = 1;
