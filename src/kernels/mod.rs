@@ -12,6 +12,7 @@ pub mod attention;
 pub mod gemm;
 pub mod ops;
 pub mod parallel;
+pub mod quant;
 pub mod simd;
 
 use std::sync::OnceLock;

@@ -1,6 +1,7 @@
 //! Models: configuration, weights, layers, families, and the step they compute.
 
 pub mod batch;
+pub mod checkpoint;
 pub mod config;
 pub mod kv_cache;
 pub mod layers;
