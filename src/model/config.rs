@@ -1,22 +1,24 @@
-//! `config.json`: the shape of a model, in HF's names.
+//! The shape of a model: one description of a decoder, in HF's names, that every family
+//! and every checkpoint format comes down to.
 //!
-//! Both spellings of the rotary configuration are read: `rope_theta` with
-//! `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5).
+//! What families differ in are switches here; how a family's `config.json` sets them is
+//! said in [`super::families`], and what a format changes (names, the order of rotated
+//! pairs) in [`super::checkpoint`].
 
-use std::path::Path;
+use std::collections::BTreeSet;
 
-use serde::Deserialize;
-
+use super::names::Names;
+use crate::kernels::ops::Activation;
 use crate::{Error, Result};
 
-/// Shape of a Llama-architecture model.
+/// Shape of a decoder-only transformer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
     /// HF's name of the family.
     pub model_type: String,
     /// Width of the residual stream.
     pub hidden_size: usize,
-    /// Width of the gated MLP.
+    /// Width of the dense MLP.
     pub intermediate_size: usize,
     /// Number of layers.
     pub num_hidden_layers: usize,
@@ -28,20 +30,99 @@ pub struct ModelConfig {
     pub head_dim: usize,
     /// Rows of the embedding.
     pub vocab_size: usize,
-    /// Epsilon of the RMS norms.
-    pub rms_norm_eps: f32,
     /// Longest context of the positions as trained.
     pub max_position_embeddings: usize,
-    /// Rotary embedding.
-    pub rope: RopeConfig,
     /// The output projection is the embedding.
     pub tie_word_embeddings: bool,
-    /// Q, K, V and O have biases.
+    /// The norms of the residual stream (and of queries and keys).
+    pub norm: NormKind,
+    /// Epsilon of the norms.
+    pub norm_eps: f32,
+    /// Queries and keys are normed, head by head, before they are rotated.
+    pub qk_norm: bool,
+    /// Q, K and V have biases.
     pub attention_bias: bool,
+    /// The attention's output projection has a bias.
+    pub output_bias: bool,
     /// The MLP's projections have biases.
     pub mlp_bias: bool,
-    /// EOS ids that config.json names.
-    pub eos_token_ids: Vec<u32>,
+    /// How attention and MLP hang on the residual stream.
+    pub block: Block,
+    /// The MLP's activation.
+    pub activation: Activation,
+    /// The MLP multiplies its activation by a second projection.
+    pub gated_mlp: bool,
+    /// Routed experts in place of the MLP of some layers.
+    pub experts: Option<ExpertsConfig>,
+    /// Factor of the attention scores.
+    pub attention_scale: f32,
+    /// Scores become `cap·tanh(score / cap)` (Gemma 2).
+    pub attn_logit_softcapping: Option<f32>,
+    /// Logits likewise.
+    pub final_logit_softcapping: Option<f32>,
+    /// Factor of the embeddings (Gemma).
+    pub embedding_scale: Option<f32>,
+    /// Keys that a token sees, its own included, a layer; `None` sees all before it.
+    pub layer_windows: Vec<Option<usize>>,
+    /// How positions enter.
+    pub positions: Positions,
+    /// Where the tensors lie in the checkpoint.
+    pub names: Names,
+    /// Where they lie in the Hugging Face form of the family (adapters name those).
+    pub hf_names: Names,
+}
+
+/// A kind of norm.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// `weight · x / rms(x)`.
+    Rms,
+    /// `(1 + weight) · x / rms(x)` (Gemma's checkpoints).
+    RmsPlusOne,
+    /// Mean and variance, with a bias.
+    Layer,
+}
+
+/// How attention and MLP hang on the residual stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Block {
+    /// `x += attn(norm(x)); x += mlp(norm(x))`.
+    Sequential,
+    /// The same with a norm of each output before the sum (Gemma).
+    PostNorms,
+    /// `x += attn(norm(x)) + mlp(norm(x))` with one norm (Falcon 7B).
+    Parallel,
+    /// The same with a norm each (Falcon 40B).
+    ParallelTwoNorms,
+}
+
+/// Routed experts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExpertsConfig {
+    /// Experts of a layer.
+    pub num_experts: usize,
+    /// Experts that a token passes.
+    pub num_experts_per_tok: usize,
+    /// Width of an expert.
+    pub moe_intermediate_size: usize,
+    /// The weights of a token's experts are made to sum to one.
+    pub norm_topk_prob: bool,
+    /// Layers that have a dense MLP instead.
+    pub dense_layers: BTreeSet<usize>,
+}
+
+/// How positions enter the attention.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Positions {
+    /// Rotated queries and keys; `local` for layers with a window where it differs.
+    Rotary {
+        /// All layers, or those without a window.
+        global: RopeConfig,
+        /// Layers with a window (Gemma 3).
+        local: Option<RopeConfig>,
+    },
+    /// A bias that grows with the distance (Press et al. 2021).
+    Alibi,
 }
 
 /// Rotary embedding: its base and how it is stretched.
@@ -49,11 +130,15 @@ pub struct ModelConfig {
 pub struct RopeConfig {
     /// Base of the wavelengths.
     pub theta: f64,
+    /// Leading values of a head that are rotated; even.
+    pub rotary_dim: usize,
+    /// Pairs are neighbours (Meta's and llama.cpp's order of rows), not halves (HF's).
+    pub interleaved: bool,
     /// How long contexts are scaled.
     pub scaling: RopeScaling,
 }
 
-/// HF's `rope_type`s for Llama (transformers' modeling_rope_utils.py).
+/// HF's `rope_type`s (transformers' modeling_rope_utils.py).
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     /// None.
@@ -94,117 +179,27 @@ pub enum RopeScaling {
         /// Correction range rounded to whole dimensions.
         truncate: bool,
     },
-}
-
-#[derive(Deserialize)]
-struct RawConfig {
-    model_type: Option<String>,
-    hidden_size: usize,
-    intermediate_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: Option<usize>,
-    head_dim: Option<usize>,
-    vocab_size: usize,
-    #[serde(default = "default_eps")]
-    rms_norm_eps: f32,
-    #[serde(default = "default_positions")]
-    max_position_embeddings: usize,
-    rope_theta: Option<f64>,
-    rope_scaling: Option<RawRope>,
-    rope_parameters: Option<RawRope>,
-    #[serde(default)]
-    tie_word_embeddings: bool,
-    #[serde(default)]
-    attention_bias: bool,
-    #[serde(default)]
-    mlp_bias: bool,
-    hidden_act: Option<String>,
-    sliding_window: Option<usize>,
-    quantization_config: Option<serde_json::Value>,
-    eos_token_id: Option<OneOrMany>,
-}
-
-// The defaults of transformers' LlamaConfig.
-fn default_eps() -> f32 {
-    1e-6
-}
-fn default_positions() -> usize {
-    2048
-}
-const DEFAULT_THETA: f64 = 10_000.0;
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum OneOrMany {
-    One(u32),
-    Many(Vec<u32>),
-}
-
-#[derive(Deserialize, Default, Clone)]
-struct RawRope {
-    rope_type: Option<String>,
-    /// The oldest spelling of `rope_type`.
-    #[serde(rename = "type")]
-    old_type: Option<String>,
-    rope_theta: Option<f64>,
-    factor: Option<f64>,
-    low_freq_factor: Option<f64>,
-    high_freq_factor: Option<f64>,
-    original_max_position_embeddings: Option<usize>,
-    beta_fast: Option<f64>,
-    beta_slow: Option<f64>,
-    attention_factor: Option<f64>,
-    mscale: Option<f64>,
-    mscale_all_dim: Option<f64>,
-    truncate: Option<bool>,
-    partial_rotary_factor: Option<f64>,
+    /// LongRoPE (Ding et al. 2024): a divisor a frequency, two sets by length.
+    LongRope {
+        /// Divisors up to the original context.
+        short_factor: Vec<f32>,
+        /// Divisors beyond it.
+        long_factor: Vec<f32>,
+        /// Context of the first training.
+        original_max_position_embeddings: usize,
+        /// Factor of cos and sin.
+        attention_factor: f64,
+    },
+    /// A divisor a frequency, as GGUF's `rope_freqs.weight` holds them.
+    Divisors(Vec<f32>),
 }
 
 impl ModelConfig {
-    /// Reads `DIR/config.json`.
+    /// Refuses sizes that cannot be or do not fit together.
     ///
     /// # Errors
-    /// Input errors that name the file: missing, not JSON, a family or a setting
-    /// that is not supported, sizes that do not fit together.
-    pub fn from_dir(dir: &Path) -> Result<Self> {
-        let path = dir.join("config.json");
-        let text = std::fs::read_to_string(&path)
-            .map_err(|e| Error::input(format!("{}: {e}", path.display())))?;
-        Self::parse(&text).map_err(|e| e.context(path.display()))
-    }
-
-    fn parse(text: &str) -> Result<Self> {
-        let raw: RawConfig =
-            serde_json::from_str(text).map_err(|e| Error::input(format!("not usable: {e}")))?;
-        raw.refuse_unsupported()?;
-        let heads = raw.num_attention_heads;
-        let config = Self {
-            model_type: raw.model_type.clone().unwrap_or_else(|| "llama".into()),
-            hidden_size: raw.hidden_size,
-            intermediate_size: raw.intermediate_size,
-            num_hidden_layers: raw.num_hidden_layers,
-            num_attention_heads: heads,
-            num_key_value_heads: raw.num_key_value_heads.unwrap_or(heads),
-            head_dim: raw.head_dim.unwrap_or(raw.hidden_size / heads.max(1)),
-            vocab_size: raw.vocab_size,
-            rms_norm_eps: raw.rms_norm_eps,
-            max_position_embeddings: raw.max_position_embeddings,
-            rope: raw.rope()?,
-            tie_word_embeddings: raw.tie_word_embeddings,
-            attention_bias: raw.attention_bias,
-            mlp_bias: raw.mlp_bias,
-            eos_token_ids: match raw.eos_token_id {
-                None => Vec::new(),
-                Some(OneOrMany::One(id)) => vec![id],
-                Some(OneOrMany::Many(ids)) => ids,
-            },
-        };
-        config.check_sizes()?;
-        Ok(config)
-    }
-
-    fn check_sizes(&self) -> Result<()> {
+    /// An input error that names the setting.
+    pub fn check_sizes(&self) -> Result<()> {
         let positive = [
             ("hidden_size", self.hidden_size),
             ("intermediate_size", self.intermediate_size),
@@ -218,6 +213,9 @@ impl ModelConfig {
         if let Some((name, _)) = positive.iter().find(|(_, n)| *n == 0 || *n > 1 << 30) {
             return Err(Error::input(format!("{name} is out of range")));
         }
+        if self.num_hidden_layers > 10_000 {
+            return Err(Error::input("num_hidden_layers is out of range"));
+        }
         if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
             return Err(Error::input(format!(
                 "num_attention_heads {} is not a multiple of num_key_value_heads {}",
@@ -227,13 +225,28 @@ impl ModelConfig {
         if !self.head_dim.is_multiple_of(2) {
             return Err(Error::input(format!("head_dim {} is odd", self.head_dim)));
         }
+        if let Positions::Rotary { global, local } = &self.positions {
+            for rope in std::iter::once(global).chain(local) {
+                rope.check(self.head_dim)?;
+            }
+        }
+        if let Some(experts) = &self.experts {
+            experts.check()?;
+        }
         Ok(())
     }
 
     /// Longest sequence that the positions allow, prompt and new tokens together.
     pub fn max_context(&self) -> usize {
         let stretched = |n: usize, factor: f64| (n as f64 * factor) as usize;
-        match self.rope.scaling {
+        let Positions::Rotary { global, .. } = &self.positions else {
+            return self.max_position_embeddings;
+        };
+        match global.scaling {
+            // Gemma 3 and others name the stretched context already.
+            RopeScaling::Linear { .. } if self.model_type.starts_with("gemma") => {
+                self.max_position_embeddings
+            }
             RopeScaling::Linear { factor } | RopeScaling::Dynamic { factor } => {
                 stretched(self.max_position_embeddings, factor.max(1.0))
             }
@@ -244,50 +257,109 @@ impl ModelConfig {
         }
     }
 
-    /// Refuses tensor-parallel sizes that do not divide the model.
+    /// How the heads are shared out over a tensor-parallel group of `size`.
+    pub fn attention_split(&self, size: usize) -> Option<AttentionSplit> {
+        let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
+        let kv_fits = kv_heads.is_multiple_of(size) || size.is_multiple_of(kv_heads);
+        if heads.is_multiple_of(size) && kv_fits {
+            return Some(AttentionSplit::Heads);
+        }
+        // Falcon 7B has 71 heads over one: no size divides them, and its attention is a
+        // small part of its weights.
+        (kv_heads == 1).then_some(AttentionSplit::Replicated)
+    }
+
+    /// Refuses tensor-parallel sizes that the model cannot be split over.
     ///
     /// # Errors
     /// An input error that lists the sizes that work.
     pub fn check_tensor_parallel(&self, size: usize) -> Result<()> {
         let works = |n: usize| {
-            let kv = self.num_key_value_heads;
-            self.num_attention_heads.is_multiple_of(n)
-                && self.intermediate_size.is_multiple_of(n)
-                && (kv.is_multiple_of(n) || n.is_multiple_of(kv))
+            let mlp = match &self.experts {
+                Some(experts) => experts.num_experts.is_multiple_of(n),
+                None => self.intermediate_size.is_multiple_of(n),
+            };
+            mlp && self.attention_split(n).is_some()
         };
         if size >= 1 && works(size) {
             return Ok(());
         }
         let sizes: Vec<String> =
             (1..=self.num_attention_heads).filter(|n| works(*n)).map(|n| n.to_string()).collect();
+        let mlp = match &self.experts {
+            Some(experts) => format!("{} experts", experts.num_experts),
+            None => format!("intermediate size {}", self.intermediate_size),
+        };
         Err(Error::input(format!(
-            "--tensor-parallel {size} does not divide this model ({} heads, {} KV heads, \
-             intermediate size {}); sizes that work: {}",
+            "--tensor-parallel {size} does not divide this model ({} heads, {} KV heads, {mlp}); \
+             sizes that work: {}",
             self.num_attention_heads,
             self.num_key_value_heads,
-            self.intermediate_size,
             sizes.join(", ")
         )))
+    }
+
+    /// Query heads of a rank in a tensor-parallel group of `size`.
+    pub fn local_heads(&self, size: usize) -> usize {
+        match self.attention_split(size) {
+            Some(AttentionSplit::Heads) => self.num_attention_heads / size,
+            _ => self.num_attention_heads,
+        }
+    }
+
+    /// KV heads of a rank; one is copied to several ranks where the group is larger.
+    pub fn local_kv_heads(&self, size: usize) -> usize {
+        match self.attention_split(size) {
+            Some(AttentionSplit::Heads) => (self.num_key_value_heads / size).max(1),
+            _ => self.num_key_value_heads,
+        }
+    }
+
+    /// The same shape with another order of rotated pairs.
+    pub fn with_interleaved_pairs(mut self) -> Self {
+        if let Positions::Rotary { global, local } = &mut self.positions {
+            for rope in std::iter::once(global).chain(local) {
+                rope.interleaved = true;
+            }
+        }
+        self
     }
 
     /// Floating-point operations of one token's matrix products (two a parameter),
     /// without attention over the context.
     pub fn flops_per_token(&self) -> u64 {
-        2 * self.matrix_parameters()
+        2 * self.matrix_parameters(|experts| experts.num_experts_per_tok)
     }
 
     /// Floating-point operations of attention for one token that sees `context` keys.
     pub fn attention_flops(&self, context: usize) -> u64 {
-        4 * (self.num_hidden_layers * self.num_attention_heads * self.head_dim * context) as u64
+        let seen = |window: &Option<usize>| window.map_or(context, |w| w.min(context)) as u64;
+        let keys: u64 = self.layer_windows.iter().map(seen).sum();
+        4 * (self.num_attention_heads * self.head_dim) as u64 * keys
     }
 
-    /// Parameters of the matrices that every token passes, the output projection
-    /// included, the embedding (a look-up) not.
-    pub fn matrix_parameters(&self) -> u64 {
+    /// Parameters of all matrices: the embedding counted once where it is tied.
+    pub fn parameters(&self) -> u64 {
+        let embedding = (self.hidden_size * self.vocab_size) as u64;
+        let embedding = if self.tie_word_embeddings { 0 } else { embedding };
+        self.matrix_parameters(|experts| experts.num_experts) + embedding
+    }
+
+    /// Parameters of the layers' matrices, with `count` of the experts, and of the output
+    /// projection.
+    fn matrix_parameters(&self, count: impl Fn(&ExpertsConfig) -> usize) -> u64 {
         let (h, d) = (self.hidden_size as u64, self.head_dim as u64);
         let heads = (2 * self.num_attention_heads + 2 * self.num_key_value_heads) as u64;
-        let layer = h * d * heads + 3 * h * self.intermediate_size as u64;
-        layer * self.num_hidden_layers as u64 + h * self.vocab_size as u64
+        let matrices = if self.gated_mlp { 3 } else { 2 };
+        let mlp = |width: usize| matrices * h * width as u64;
+        let layer = |i: usize| match &self.experts {
+            Some(e) if !e.dense_layers.contains(&i) => {
+                count(e) as u64 * mlp(e.moe_intermediate_size) + h * e.num_experts as u64
+            }
+            _ => mlp(self.intermediate_size),
+        };
+        let layers: u64 = (0..self.num_hidden_layers).map(|i| h * d * heads + layer(i)).sum();
+        layers + h * self.vocab_size as u64
     }
 
     /// Bytes of one KV cache block of `block_size` tokens over all layers, with
@@ -297,135 +369,54 @@ impl ModelConfig {
     }
 }
 
-impl RawConfig {
-    fn refuse_unsupported(&self) -> Result<()> {
-        let family = self.model_type.as_deref().unwrap_or("llama");
-        if !matches!(family, "llama" | "mistral") {
+/// How attention is shared out over a tensor-parallel group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AttentionSplit {
+    /// Each rank has some heads.
+    Heads,
+    /// Each rank has all of them.
+    Replicated,
+}
+
+impl RopeConfig {
+    fn check(&self, head_dim: usize) -> Result<()> {
+        let pairs = self.rotary_dim / 2;
+        if self.rotary_dim == 0 || !self.rotary_dim.is_multiple_of(2) || self.rotary_dim > head_dim
+        {
             return Err(Error::input(format!(
-                "model_type {family:?} is not supported; supported: llama, mistral (without a \
-                 sliding window)"
+                "partial_rotary_factor: {} of a head's {head_dim} values cannot be rotated",
+                self.rotary_dim
             )));
         }
-        if let Some(window) = self.sliding_window
-            && window < self.max_position_embeddings
-        {
-            return Err(Error::input(format!("sliding_window {window} is not supported")));
-        }
-        if self.quantization_config.is_some() {
-            return Err(Error::input("quantization_config: quantized checkpoints are not read"));
-        }
-        match self.hidden_act.as_deref() {
-            None | Some("silu" | "swish") => Ok(()),
-            Some(other) => Err(Error::input(format!("hidden_act {other:?} is not supported"))),
-        }
-    }
-
-    fn rope(&self) -> Result<RopeConfig> {
-        let raw = self.rope_parameters.clone().or(self.rope_scaling.clone()).unwrap_or_default();
-        let theta = raw.rope_theta.or(self.rope_theta).unwrap_or(DEFAULT_THETA);
-        if raw.partial_rotary_factor.is_some_and(|f| f != 1.0) {
-            return Err(Error::input("partial_rotary_factor is not supported"));
-        }
-        let kind = raw.rope_type.as_deref().or(raw.old_type.as_deref()).unwrap_or("default");
-        let need = |value: Option<f64>, name: &str| {
-            value.ok_or_else(|| Error::input(format!("rope_type {kind:?} needs {name}")))
-        };
-        let original = raw.original_max_position_embeddings.unwrap_or(self.max_position_embeddings);
-        let scaling = match kind {
-            "default" => RopeScaling::Default,
-            "linear" => RopeScaling::Linear { factor: need(raw.factor, "factor")? },
-            "dynamic" => RopeScaling::Dynamic { factor: need(raw.factor, "factor")? },
-            "llama3" => RopeScaling::Llama3 {
-                factor: need(raw.factor, "factor")?,
-                low_freq_factor: need(raw.low_freq_factor, "low_freq_factor")?,
-                high_freq_factor: need(raw.high_freq_factor, "high_freq_factor")?,
-                original_max_position_embeddings: original,
-            },
-            "yarn" => {
-                let factor =
-                    raw.factor.unwrap_or(self.max_position_embeddings as f64 / original as f64);
-                RopeScaling::Yarn {
-                    factor,
-                    original_max_position_embeddings: original,
-                    beta_fast: raw.beta_fast.unwrap_or(32.0),
-                    beta_slow: raw.beta_slow.unwrap_or(1.0),
-                    attention_factor: raw.yarn_attention_factor(factor),
-                    truncate: raw.truncate.unwrap_or(true),
-                }
+        let sets: Vec<&Vec<f32>> = match &self.scaling {
+            RopeScaling::LongRope { short_factor, long_factor, .. } => {
+                vec![short_factor, long_factor]
             }
-            other => {
-                return Err(Error::input(format!(
-                    "rope_type {other:?} is not supported; supported: default, linear, dynamic, \
-                     llama3, yarn"
-                )));
-            }
+            RopeScaling::Divisors(divisors) => vec![divisors],
+            _ => vec![],
         };
-        Ok(RopeConfig { theta, scaling })
-    }
-}
-
-impl RawRope {
-    /// `_compute_yarn_parameters` in transformers' modeling_rope_utils.py.
-    fn yarn_attention_factor(&self, factor: f64) -> f64 {
-        let mscale = |m: f64| if factor <= 1.0 { 1.0 } else { 0.1 * m * factor.ln() + 1.0 };
-        match (self.attention_factor, self.mscale, self.mscale_all_dim) {
-            (Some(given), ..) => given,
-            (None, Some(m), Some(all)) if m != 0.0 && all != 0.0 => mscale(m) / mscale(all),
-            _ => mscale(1.0),
+        match sets.iter().find(|set| set.len() != pairs) {
+            Some(set) => Err(Error::input(format!(
+                "the rotary embedding has {} factors for {pairs} pairs of values",
+                set.len()
+            ))),
+            None => Ok(()),
         }
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SHAPE: &str = r#""hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 100"#;
-
-    fn parse(rest: &str) -> Result<ModelConfig> {
-        ModelConfig::parse(&format!("{{{SHAPE}, {rest}}}"))
-    }
-
-    #[test]
-    fn both_spellings_of_the_rotary_configuration_mean_the_same() {
-        let old = parse(
-            r#""rope_theta": 5e5, "max_position_embeddings": 4096, "rope_scaling":
-               {"type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
-                "original_max_position_embeddings": 1024}"#,
-        );
-        let new = parse(
-            r#""max_position_embeddings": 4096, "rope_parameters":
-               {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8, "low_freq_factor": 1,
-                "high_freq_factor": 4, "original_max_position_embeddings": 1024}"#,
-        );
-        assert_eq!(old.unwrap(), new.unwrap());
-    }
-
-    #[test]
-    fn what_is_not_supported_is_refused_by_name() {
-        for (json, word) in [
-            (r#""model_type": "gpt2""#, "gpt2"),
-            (r#""rope_scaling": {"rope_type": "longrope"}"#, "longrope"),
-            (r#""rope_scaling": {"rope_type": "linear"}"#, "factor"),
-            (r#""quantization_config": {}"#, "quantization_config"),
-            (r#""hidden_act": "gelu""#, "gelu"),
-            (r#""model_type": "mistral", "sliding_window": 16"#, "sliding_window"),
-            (r#""head_dim": 3"#, "head_dim"),
-        ] {
-            let error = parse(json).unwrap_err();
-            assert!(error.message.contains(word), "{error}");
-            assert_eq!(error.kind, crate::ErrorKind::Input);
+impl ExpertsConfig {
+    fn check(&self) -> Result<()> {
+        let n = self.num_experts;
+        if n == 0 || n > 1 << 16 || !(1..=n).contains(&self.num_experts_per_tok) {
+            return Err(Error::input(format!(
+                "{} of {n} experts a token is out of range",
+                self.num_experts_per_tok
+            )));
         }
-    }
-
-    #[test]
-    fn tensor_parallel_sizes_that_do_not_divide_are_refused_with_those_that_do() {
-        let config = parse(r#""rope_theta": 1e4"#).unwrap();
-        for good in [1, 2, 4, 8] {
-            config.check_tensor_parallel(good).unwrap();
+        if self.moe_intermediate_size == 0 || self.moe_intermediate_size > 1 << 30 {
+            return Err(Error::input("moe_intermediate_size is out of range"));
         }
-        let error = config.check_tensor_parallel(3).unwrap_err();
-        assert!(error.message.ends_with("sizes that work: 1, 2, 4, 8"), "{error}");
+        Ok(())
     }
 }

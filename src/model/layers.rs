@@ -12,18 +12,24 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
+use super::checkpoint::Checkpoint;
+use super::config::{ModelConfig, NormKind};
+use super::names::Place;
 use super::ops;
-use super::source::WeightSource;
-use super::weights::Weight;
+use super::weights::{Weight, WeightDtype};
 use crate::Result;
 use crate::comm::TensorComm;
+use crate::kernels::ops as kernel;
+use crate::kernels::quant::QuantType;
 
 /// What layers need to load their share: the checkpoint, and the rank's place.
 pub struct Loader<'a> {
     /// The checkpoint.
-    pub source: &'a dyn WeightSource,
+    pub source: &'a Checkpoint,
     /// The tensor-parallel group.
     pub comm: Arc<dyn TensorComm>,
+    /// What matrices become; `None` keeps the checkpoint's own.
+    pub dtype: Option<WeightDtype>,
 }
 
 impl Loader<'_> {
@@ -31,6 +37,32 @@ impl Loader<'_> {
     pub fn share(&self, n: usize) -> Range<usize> {
         share(n, self.comm.rank(), self.comm.size())
     }
+
+    /// Columns `cols` of the `width` columns of the matrix at `place`.
+    ///
+    /// # Errors
+    /// See [`TensorTable::matrix`](super::checkpoint::TensorTable::matrix).
+    pub fn matrix(&self, place: &Place, width: usize, cols: Range<usize>) -> Result<Weight> {
+        self.source.tensors().matrix(place, width, cols, self.dtype.and_then(|d| for_width(d, width)))
+    }
+
+    /// The bias at `place`.
+    ///
+    /// # Errors
+    /// See [`TensorTable::vector`](super::checkpoint::TensorTable::vector).
+    pub fn bias(&self, place: &Place) -> Result<Vec<f32>> {
+        self.source.tensors().vector(&format!("{}.bias", place.name), place.stored_rows, &place.rows)
+    }
+}
+
+/// Rows that no block of `dtype` divides take blocks of 32, or keep their type (as
+/// llama.cpp's quantizer falls back).
+fn for_width(dtype: WeightDtype, width: usize) -> Option<WeightDtype> {
+    let WeightDtype::Quant(quant) = dtype else { return Some(dtype) };
+    [quant, QuantType::Q8_0]
+        .into_iter()
+        .find(|quant| width.is_multiple_of(quant.block_len()))
+        .map(WeightDtype::Quant)
 }
 
 fn share(n: usize, rank: usize, size: usize) -> Range<usize> {
@@ -38,24 +70,46 @@ fn share(n: usize, rank: usize, size: usize) -> Range<usize> {
     at(rank)..at(rank + 1)
 }
 
-/// A linear layer as the checkpoint has it.
-pub struct LinearSpec {
-    /// Name without `.weight` or `.bias`.
-    pub name: String,
-    /// Output features, input features.
-    pub shape: [usize; 2],
-    /// Whether it has a bias.
-    pub bias: bool,
+/// A norm over the values of a row, or of each head.
+pub struct Norm {
+    weight: Vec<f32>,
+    bias: Option<Vec<f32>>,
+    eps: f32,
 }
 
-impl LinearSpec {
-    fn weight(&self) -> String {
-        format!("{}.weight", self.name)
+impl Norm {
+    /// Loads the norm `name` over `width` values; each rank has all of it.
+    ///
+    /// # Errors
+    /// See [`TensorTable::vector`](super::checkpoint::TensorTable::vector).
+    pub fn load(l: &Loader, config: &ModelConfig, name: &str, width: usize) -> Result<Self> {
+        let vector = |part: &str| {
+            l.source.tensors().vector(&format!("{name}.{part}"), width, std::slice::from_ref(&(0..width)))
+        };
+        let mut weight = vector("weight")?;
+        if config.norm == NormKind::RmsPlusOne {
+            weight.iter_mut().for_each(|w| *w += 1.0);
+        }
+        let bias = (config.norm == NormKind::Layer).then(|| vector("bias")).transpose()?;
+        Ok(Self { weight, bias, eps: config.norm_eps })
     }
 
-    fn bias(&self, l: &Loader, range: Range<usize>) -> Result<Option<Vec<f32>>> {
-        let load = || l.source.vector(&format!("{}.bias", self.name), self.shape[0], range);
-        self.bias.then(load).transpose()
+    /// Each row normed.
+    ///
+    /// # Errors
+    /// A tensor fault.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.bias {
+            None => ops::rms_norm(x, &self.weight, self.eps),
+            bias => ops::layer_norm(x, &self.weight, bias.as_deref(), self.eps),
+        }
+    }
+
+    /// Each run of as many values as the norm is wide, normed: heads, or rows.
+    pub fn rows(&self, x: &[f32]) -> Vec<f32> {
+        let mut out = vec![0.0; x.len()];
+        kernel::rms_norm(x, &self.weight, self.eps, &mut out);
+        out
     }
 }
 
@@ -66,14 +120,14 @@ pub struct ColumnParallelLinear {
 }
 
 impl ColumnParallelLinear {
-    /// Loads output features `rows` of the layer, and of its bias where it has one.
+    /// Loads the output features at `place` of a layer of `width` input features, and of
+    /// its bias where it has one.
     ///
     /// # Errors
-    /// See [`WeightSource::matrix`].
-    pub fn load(l: &Loader, layer: &LinearSpec, rows: Range<usize>) -> Result<Self> {
-        let bias = layer.bias(l, rows.clone())?;
-        let weight = l.source.matrix(&layer.weight(), layer.shape, rows, 0..layer.shape[1])?;
-        Ok(Self { weight, bias })
+    /// See [`TensorTable::matrix`](super::checkpoint::TensorTable::matrix).
+    pub fn load(l: &Loader, place: &Place, width: usize, bias: bool) -> Result<Self> {
+        let bias = bias.then(|| l.bias(place)).transpose()?;
+        Ok(Self { weight: l.matrix(place, width, 0..width)?, bias })
     }
 
     /// `[m, in]` → this rank's features of each row, row-major.
@@ -84,9 +138,9 @@ impl ColumnParallelLinear {
         ops::linear(x, &self.weight, self.bias.as_deref())
     }
 
-    /// Bytes of weights on this rank.
-    pub fn bytes(&self) -> u64 {
-        self.weight.bytes()
+    /// The weight matrix.
+    pub fn weight(&self) -> &Weight {
+        &self.weight
     }
 }
 
@@ -99,15 +153,21 @@ pub struct RowParallelLinear {
 }
 
 impl RowParallelLinear {
-    /// Loads input features `cols` of the layer, and its bias where it has one.
+    /// Loads input features `cols` of the `width` of the layer at `place`, and its bias
+    /// where it has one.
     ///
     /// # Errors
-    /// See [`WeightSource::matrix`].
-    pub fn load(l: &Loader, layer: &LinearSpec, cols: Range<usize>) -> Result<Self> {
-        let out = layer.shape[0];
-        let weight = l.source.matrix(&layer.weight(), layer.shape, 0..out, cols)?;
+    /// See [`TensorTable::matrix`](super::checkpoint::TensorTable::matrix).
+    pub fn load(
+        l: &Loader,
+        place: &Place,
+        width: usize,
+        cols: Range<usize>,
+        bias: bool,
+    ) -> Result<Self> {
+        let weight = l.matrix(place, width, cols)?;
         // Only one rank adds the bias, before the sum.
-        let bias = layer.bias(l, 0..out)?.filter(|_| l.comm.rank() == 0);
+        let bias = (bias && l.comm.rank() == 0).then(|| l.bias(place)).transpose()?;
         Ok(Self { weight, bias, comm: l.comm.clone() })
     }
 
@@ -121,9 +181,9 @@ impl RowParallelLinear {
         Ok(out)
     }
 
-    /// Bytes of weights on this rank.
-    pub fn bytes(&self) -> u64 {
-        self.weight.bytes()
+    /// The weight matrix.
+    pub fn weight(&self) -> &Weight {
+        &self.weight
     }
 }
 
@@ -137,13 +197,20 @@ pub struct VocabParallel {
 }
 
 impl VocabParallel {
-    /// Loads this rank's rows of the matrix `name` of shape `[vocab, hidden]`.
+    /// Loads this rank's rows of the matrix `name` of shape `[vocab, hidden]`. Where the
+    /// layers are quantized to four bits it takes six: what it gives is the last word.
     ///
     /// # Errors
-    /// See [`WeightSource::matrix`].
+    /// See [`TensorTable::matrix`](super::checkpoint::TensorTable::matrix).
     pub fn load(l: &Loader, name: &str, shape: [usize; 2]) -> Result<Self> {
         let ids = l.share(shape[0]);
-        let weight = l.source.matrix(name, shape, ids.clone(), 0..shape[1])?;
+        let place = Place::new(name.to_owned(), shape[0], ids.clone());
+        let dtype = match l.dtype {
+            Some(WeightDtype::Quant(QuantType::Q4_K)) => Some(WeightDtype::Quant(QuantType::Q6_K)),
+            dtype => dtype,
+        };
+        let dtype = dtype.and_then(|d| for_width(d, shape[1]));
+        let weight = l.source.tensors().matrix(&place, shape[1], 0..shape[1], dtype)?;
         Ok(Self { weight: Arc::new(weight), ids, vocab_size: shape[0], comm: l.comm.clone() })
     }
 
@@ -162,11 +229,11 @@ impl VocabParallel {
         Arc::ptr_eq(&self.weight, &other.weight)
     }
 
-    /// Token ids → `[ids, hidden]`.
+    /// Token ids → `[ids, hidden]`, times `scale`.
     ///
     /// # Errors
     /// A tensor fault.
-    pub fn embed(&self, token_ids: &[u32]) -> Result<Tensor> {
+    pub fn embed(&self, token_ids: &[u32], scale: Option<f32>) -> Result<Tensor> {
         let width = self.weight.cols();
         let mut out = vec![0.0; token_ids.len() * width];
         for (id, out) in token_ids.iter().zip(out.chunks_exact_mut(width)) {
@@ -176,6 +243,9 @@ impl VocabParallel {
             }
         }
         self.comm.all_reduce_sum(&mut out);
+        if let Some(scale) = scale {
+            out.iter_mut().for_each(|x| *x *= scale);
+        }
         ops::from_values(out, width)
     }
 
@@ -204,9 +274,9 @@ impl VocabParallel {
         Ok(out)
     }
 
-    /// Bytes of weights on this rank.
-    pub fn bytes(&self) -> u64 {
-        self.weight.bytes()
+    /// The weight matrix.
+    pub fn weight(&self) -> &Weight {
+        &self.weight
     }
 }
 

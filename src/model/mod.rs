@@ -1,18 +1,24 @@
 //! Models: configuration, weights, layers, families, and the step they compute.
 
+pub mod attention;
 pub mod batch;
 pub mod checkpoint;
 pub mod config;
+pub mod decoder;
+pub mod families;
 pub mod kv_cache;
 pub mod layers;
-pub mod llama;
+pub mod mlp;
+pub mod moe;
+pub mod names;
 pub mod ops;
 pub mod rope;
 pub mod runner;
-pub mod source;
+pub mod step;
 pub mod tokenizer;
 pub mod weights;
 
+pub use checkpoint::Checkpoint;
 pub use batch::{BatchSequence, LogitsWanted, StepBatch};
 pub use config::ModelConfig;
 pub use runner::{LoadOptions, ModelRunner};

@@ -4,16 +4,16 @@
 //! first broadcasts the step; the other ranks run [`ModelRunner::follow`] until the
 //! leader is done. So every rank of the group runs the same steps.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::batch::StepBatch;
+use super::checkpoint::Checkpoint;
 use super::config::ModelConfig;
+use super::decoder::Decoder;
 use super::kv_cache::KvCache;
-use super::llama::Llama;
-use super::source::{Safetensors, WeightSource};
-use super::weights::WeightDtype;
+use super::layers::Loader;
+use super::weights::{Weight, WeightDtype};
 use super::{Logits, Runner};
 use crate::comm::TensorComm;
 use crate::kernels::attention::{BLOCK_SIZE, Heads};
@@ -32,7 +32,7 @@ pub struct LoadOptions {
 /// A loaded model, its cache and its group.
 pub struct ModelRunner {
     config: ModelConfig,
-    model: Llama,
+    model: Decoder,
     cache: KvCache,
     max_seq_len: usize,
     bytes_read: u64,
@@ -40,22 +40,21 @@ pub struct ModelRunner {
 }
 
 impl ModelRunner {
-    /// Loads this rank's share of the model in `dir`.
+    /// Loads this rank's share of the model.
     ///
     /// # Errors
     /// Input errors that name the file or the setting.
     pub fn load(
-        dir: &Path,
-        config: &ModelConfig,
+        checkpoint: &Checkpoint,
         options: &LoadOptions,
         comm: Arc<dyn TensorComm>,
     ) -> Result<Self> {
-        let source = Safetensors::open(dir, options.dtype)?;
-        let max_seq_len = options.max_seq_len;
-        let model = Llama::load(config, &source, comm.clone(), max_seq_len)?;
+        let loader = Loader { source: checkpoint, comm: comm.clone(), dtype: options.dtype };
+        let model = Decoder::load(&loader)?;
+        let config = checkpoint.config().clone();
         let cache = KvCache::new(model.heads(), config.num_hidden_layers, options.num_blocks);
-        let bytes_read = source.bytes_read();
-        Ok(Self { config: config.clone(), model, cache, max_seq_len, bytes_read, comm })
+        let (max_seq_len, bytes_read) = (options.max_seq_len, checkpoint.tensors().bytes_read());
+        Ok(Self { config, model, cache, max_seq_len, bytes_read, comm })
     }
 
     /// The model's shape.
@@ -65,12 +64,17 @@ impl ModelRunner {
 
     /// Bytes of weight matrices that this rank holds or maps.
     pub fn weight_bytes(&self) -> u64 {
-        self.model.weight_bytes()
+        self.model.weights().map(Weight::bytes).sum()
+    }
+
+    /// Those of them that are this rank's own, not mapped from a file.
+    pub fn owned_weight_bytes(&self) -> u64 {
+        self.model.weights().map(Weight::owned_bytes).sum()
     }
 
     /// Bytes of weights that a step streams: all but the embedding's look-ups.
     pub fn step_weight_bytes(&self) -> u64 {
-        self.model.step_weight_bytes()
+        self.model.step_weights().map(Weight::bytes).sum()
     }
 
     /// Heads on this rank.

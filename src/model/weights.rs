@@ -1,17 +1,21 @@
 //! Weight matrices, wherever their bytes lie.
 //!
 //! [`Weight`] is the one type that layers hold: values mapped from the staged
-//! file, or owned where a slice or a conversion needs a copy. Quantized, packed
-//! and device weights are further variants behind the same methods.
+//! file, or owned where a slice or a conversion needs a copy; floats, or ggml's blocks
+//! which are used as they are. Packed and device weights would be further variants behind
+//! the same methods.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
 use memmap2::Mmap;
 
+use crate::Result;
 use crate::kernels::gemm::{self, Element, Matrix};
+use crate::kernels::quant::{self, QuantMatrix, QuantType};
 
-/// What weights are stored as in memory. `None` in a loader keeps the file's own.
+/// What weights are stored as in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WeightDtype {
     /// 32-bit.
@@ -20,23 +24,44 @@ pub enum WeightDtype {
     Bf16,
     /// IEEE half.
     F16,
+    /// ggml's blocks.
+    Quant(QuantType),
 }
 
 impl WeightDtype {
-    /// The name that `--dtype` takes.
+    /// The name that `--dtype` or `--quantize` takes.
     pub fn name(self) -> &'static str {
         match self {
             WeightDtype::F32 => "f32",
             WeightDtype::Bf16 => "bf16",
             WeightDtype::F16 => "f16",
+            WeightDtype::Quant(quant) => quant.name(),
         }
     }
+}
 
-    /// Bytes of a value.
-    pub fn size(self) -> usize {
-        if self == WeightDtype::F32 { 4 } else { 2 }
+/// A type of which every bit pattern is a value.
+///
+/// # Safety
+/// It has no padding and no invalid values.
+pub(super) unsafe trait Plain: Copy + Default + Send + Sync + 'static {
+    /// The bytes of values.
+    fn bytes_mut(values: &mut [Self]) -> &mut [u8] {
+        // SAFETY: as long as the values; any bytes are values.
+        unsafe {
+            std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(values))
+        }
     }
 }
+
+// SAFETY: floats and bytes have neither padding nor invalid values.
+unsafe impl Plain for f32 {}
+// SAFETY: as above.
+unsafe impl Plain for bf16 {}
+// SAFETY: as above.
+unsafe impl Plain for f16 {}
+// SAFETY: as above.
+unsafe impl Plain for u8 {}
 
 /// Values in a mapped file or on the heap.
 pub(super) enum Store<E> {
@@ -49,15 +74,14 @@ pub(super) enum Store<E> {
     },
 }
 
-impl<E: Element> Store<E> {
+impl<E: Plain> Store<E> {
     fn as_slice(&self) -> &[E] {
         match self {
             Store::Owned(values) => values,
             Store::Mapped { map, offset, len } => {
                 let bytes = &map[*offset..offset + len * size_of::<E>()];
                 assert!(bytes.as_ptr().cast::<E>().is_aligned());
-                // SAFETY: in bounds and aligned (checked above); every bit pattern is a
-                // value of the float types that implement Element.
+                // SAFETY: in bounds and aligned (checked above); every bit pattern is a value.
                 unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), *len) }
             }
         }
@@ -68,6 +92,14 @@ pub(super) enum Values {
     F32(Store<f32>),
     Bf16(Store<bf16>),
     F16(Store<f16>),
+    Quant {
+        quant: QuantType,
+        /// Values of a row's first block that are not its own.
+        skip: usize,
+        /// Bytes of a row.
+        stride: usize,
+        blocks: Store<u8>,
+    },
 }
 
 /// A weight matrix `[rows, cols]` (output features, input features), rows contiguous.
@@ -80,12 +112,16 @@ pub struct Weight {
 impl Weight {
     pub(super) fn new(rows: usize, cols: usize, values: Values) -> Self {
         let weight = Self { rows, cols, values };
-        let len = match &weight.values {
-            Values::F32(s) => s.as_slice().len(),
-            Values::Bf16(s) => s.as_slice().len(),
-            Values::F16(s) => s.as_slice().len(),
+        let holds = match &weight.values {
+            Values::F32(s) => s.as_slice().len() == rows * cols,
+            Values::Bf16(s) => s.as_slice().len() == rows * cols,
+            Values::F16(s) => s.as_slice().len() == rows * cols,
+            Values::Quant { quant, skip, stride, blocks } => {
+                blocks.as_slice().len() == rows * stride
+                    && stride / quant.block_bytes() * quant.block_len() >= skip + cols
+            }
         };
-        assert_eq!(len, rows * cols);
+        assert!(holds, "a weight of {rows} by {cols} without its values");
         weight
     }
 
@@ -106,16 +142,33 @@ impl Weight {
 
     /// What the values are stored as.
     pub fn dtype(&self) -> WeightDtype {
-        match self.values {
+        match &self.values {
             Values::F32(_) => WeightDtype::F32,
             Values::Bf16(_) => WeightDtype::Bf16,
             Values::F16(_) => WeightDtype::F16,
+            Values::Quant { quant, .. } => WeightDtype::Quant(*quant),
         }
     }
 
     /// Bytes that this rank holds (or maps) of the matrix.
     pub fn bytes(&self) -> u64 {
-        (self.rows * self.cols * self.dtype().size()) as u64
+        let len = self.rows * self.cols;
+        (match &self.values {
+            Values::F32(_) => 4 * len,
+            Values::Bf16(_) | Values::F16(_) => 2 * len,
+            Values::Quant { stride, .. } => self.rows * stride,
+        }) as u64
+    }
+
+    /// Bytes of it that are this rank's own: not mapped from a file.
+    pub fn owned_bytes(&self) -> u64 {
+        let mapped = match &self.values {
+            Values::F32(s) => matches!(s, Store::Mapped { .. }),
+            Values::Bf16(s) => matches!(s, Store::Mapped { .. }),
+            Values::F16(s) => matches!(s, Store::Mapped { .. }),
+            Values::Quant { blocks, .. } => matches!(blocks, Store::Mapped { .. }),
+        };
+        if mapped { 0 } else { self.bytes() }
     }
 
     /// `out[m, rows] = x[m, cols] · selfᵀ + bias`.
@@ -124,6 +177,9 @@ impl Weight {
             Values::F32(s) => gemm::linear(x, m, self.matrix(s), bias, out),
             Values::Bf16(s) => gemm::linear(x, m, self.matrix(s), bias, out),
             Values::F16(s) => gemm::linear(x, m, self.matrix(s), bias, out),
+            Values::Quant { quant, skip, stride, blocks } => {
+                quant::linear(x, m, self.blocks(*quant, *skip, *stride, blocks), bias, out);
+            }
         }
     }
 
@@ -134,10 +190,69 @@ impl Weight {
             Values::F32(s) => gemm::widen(&s.as_slice()[range], out),
             Values::Bf16(s) => gemm::widen(&s.as_slice()[range], out),
             Values::F16(s) => gemm::widen(&s.as_slice()[range], out),
+            Values::Quant { quant, skip, stride, blocks } => {
+                quant::read_row(self.blocks(*quant, *skip, *stride, blocks), row, out);
+            }
         }
     }
 
-    fn matrix<'a, E: Element>(&self, store: &'a Store<E>) -> Matrix<'a, E> {
+    /// All values in f32, row-major.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut wide = vec![0.0; self.rows * self.cols];
+        for (row, out) in wide.chunks_exact_mut(self.cols.max(1)).enumerate() {
+            self.read_row(row, out);
+        }
+        wide
+    }
+
+    /// The same values stored as another type (rounded to nearest where it is narrower).
+    ///
+    /// # Errors
+    /// See [`Weight::quantized`].
+    pub fn converted(&self, dtype: WeightDtype) -> Result<Weight> {
+        let wide = self.to_f32();
+        let values = match dtype {
+            WeightDtype::F32 => Values::F32(Store::Owned(wide)),
+            WeightDtype::Bf16 => {
+                Values::Bf16(Store::Owned(wide.into_iter().map(bf16::from_f32).collect()))
+            }
+            WeightDtype::F16 => {
+                Values::F16(Store::Owned(wide.into_iter().map(f16::from_f32).collect()))
+            }
+            WeightDtype::Quant(quant) => return self.quantized(quant, 0..self.cols),
+        };
+        Ok(Weight::new(self.rows, self.cols, values))
+    }
+
+    /// The columns `keep` of this matrix, quantized by whole blocks from its first column on.
+    ///
+    /// # Errors
+    /// A type that farm does not quantize to.
+    pub fn quantized(&self, quant: QuantType, keep: Range<usize>) -> Result<Weight> {
+        let stride = quant.row_bytes(self.cols);
+        let mut blocks = Vec::with_capacity(self.rows * stride);
+        let mut wide = vec![0.0; self.cols];
+        for row in 0..self.rows {
+            self.read_row(row, &mut wide);
+            quant::quantize_rows(quant, &wide, self.cols, &mut blocks)?;
+        }
+        let blocks = Store::Owned(blocks);
+        let values = Values::Quant { quant, skip: keep.start, stride, blocks };
+        Ok(Weight::new(self.rows, keep.len(), values))
+    }
+
+    fn matrix<'a, E: Element + Plain>(&self, store: &'a Store<E>) -> Matrix<'a, E> {
         Matrix { data: store.as_slice(), rows: self.rows, cols: self.cols, stride: self.cols }
+    }
+
+    fn blocks<'a>(
+        &self,
+        quant: QuantType,
+        skip: usize,
+        stride: usize,
+        blocks: &'a Store<u8>,
+    ) -> QuantMatrix<'a> {
+        let (rows, cols) = (self.rows, self.cols);
+        QuantMatrix { data: blocks.as_slice(), quant, rows, cols, skip, stride }
     }
 }

@@ -1,0 +1,133 @@
+//! Attention of one layer: projections, norms and rotations of queries and keys, the KV
+//! cache, the way out.
+
+use candle_core::Tensor;
+
+use super::config::{AttentionSplit, ModelConfig, Positions};
+use super::kv_cache::LayerCache;
+use super::layers::{ColumnParallelLinear, Loader, Norm, RowParallelLinear};
+use super::names::{Place, at};
+use super::ops;
+use super::step::Step;
+use super::weights::Weight;
+use crate::Result;
+use crate::kernels::attention::{self as kernel, Heads, Rule};
+
+/// The attention of a layer, or a rank's heads of it.
+pub struct Attention {
+    heads: Heads,
+    window: Option<usize>,
+    softcap: Option<f32>,
+    /// ALiBi, a slope a head of this rank.
+    slopes: Option<Vec<f32>>,
+    q_proj: ColumnParallelLinear,
+    k_proj: ColumnParallelLinear,
+    v_proj: ColumnParallelLinear,
+    qk_norms: Option<[Norm; 2]>,
+    o_proj: OutputProjection,
+}
+
+enum OutputProjection {
+    /// Heads are split over the ranks, whose products are summed.
+    Split(RowParallelLinear),
+    /// Every rank has all heads and all of the output.
+    Replicated(ColumnParallelLinear),
+}
+
+impl Attention {
+    /// Heads of a rank in a group of `size`.
+    pub fn heads(config: &ModelConfig, size: usize) -> Heads {
+        Heads {
+            heads: config.local_heads(size),
+            kv_heads: config.local_kv_heads(size),
+            head_dim: config.head_dim,
+            scale: config.attention_scale,
+        }
+    }
+
+    /// Loads this rank's heads of layer `layer`.
+    ///
+    /// # Errors
+    /// See [`super::checkpoint::TensorTable::matrix`].
+    pub fn load(l: &Loader, config: &ModelConfig, layer: usize) -> Result<Self> {
+        let (hidden, d, names) = (config.hidden_size, config.head_dim, config.names);
+        let (num_heads, num_kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
+        let split = config.attention_split(l.comm.size()) == Some(AttentionSplit::Heads);
+        let heads = Self::heads(config, l.comm.size());
+        let (q, first_kv) = match split {
+            // Where there are more ranks than KV heads, neighbours share one.
+            true => (l.share(num_heads), l.comm.rank() * num_kv_heads / l.comm.size()),
+            false => (0..num_heads, 0),
+        };
+        let kv = first_kv..first_kv + heads.kv_heads;
+        let shape = [num_heads, num_kv_heads, d];
+        let [q_proj, k_proj, v_proj] = names
+            .qkv
+            .places(layer, shape, q.clone(), kv)
+            .map(|place| ColumnParallelLinear::load(l, &place, hidden, config.attention_bias));
+        let norm = |name: &str| Norm::load(l, config, &at(name, layer), d);
+        let qk_norms = || Ok::<_, crate::Error>([norm(names.qk_norms[0])?, norm(names.qk_norms[1])?]);
+        let out = Place::new(at(names.o_proj, layer), hidden, 0..hidden);
+        let (width, bias) = (num_heads * d, config.output_bias);
+        Ok(Self {
+            heads,
+            window: config.layer_windows[layer],
+            softcap: config.attn_logit_softcapping,
+            slopes: (config.positions == Positions::Alibi)
+                .then(|| kernel::alibi_slopes(num_heads)[q.clone()].to_vec()),
+            q_proj: q_proj?,
+            k_proj: k_proj?,
+            v_proj: v_proj?,
+            qk_norms: config.qk_norm.then(qk_norms).transpose()?,
+            o_proj: match split {
+                true => OutputProjection::Split(RowParallelLinear::load(
+                    l,
+                    &out,
+                    width,
+                    q.start * d..q.end * d,
+                    bias,
+                )?),
+                false => OutputProjection::Replicated(ColumnParallelLinear::load(
+                    l, &out, width, bias,
+                )?),
+            },
+        })
+    }
+
+    /// `[m, hidden]` → the attention's output on every rank; keys and values go to the cache.
+    ///
+    /// # Errors
+    /// A tensor fault.
+    pub fn forward(&self, x: &Tensor, step: &Step, cache: &mut LayerCache) -> Result<Vec<f32>> {
+        let h = self.heads;
+        let mut q = self.q_proj.forward(x)?;
+        let mut k = self.k_proj.forward(x)?;
+        let v = self.v_proj.forward(x)?;
+        if let Some([q_norm, k_norm]) = &self.qk_norms {
+            (q, k) = (q_norm.rows(&q), k_norm.rows(&k));
+        }
+        step.rotate(&mut q, h.heads * h.head_dim, h.head_dim, self.window.is_some());
+        step.rotate(&mut k, h.kv_heads * h.head_dim, h.head_dim, self.window.is_some());
+        for rows in &step.rows {
+            kernel::write_kv(h, *rows, &k, &v, &mut cache.keys, &mut cache.values);
+        }
+        let rule =
+            Rule { window: self.window, softcap: self.softcap, slopes: self.slopes.as_deref() };
+        let mut out = vec![0.0; q.len()];
+        kernel::paged_attention(h, rule, &q, &cache.keys, &cache.values, &step.rows, &mut out);
+        let out = ops::from_values(out, h.heads * h.head_dim)?;
+        match &self.o_proj {
+            OutputProjection::Split(o_proj) => o_proj.forward(&out),
+            OutputProjection::Replicated(o_proj) => o_proj.forward(&out),
+        }
+    }
+
+    /// The weight matrices of this rank.
+    pub fn weights(&self) -> impl Iterator<Item = &Weight> {
+        let out = match &self.o_proj {
+            OutputProjection::Split(o_proj) => o_proj.weight(),
+            OutputProjection::Replicated(o_proj) => o_proj.weight(),
+        };
+        [self.q_proj.weight(), self.k_proj.weight(), self.v_proj.weight(), out].into_iter()
+    }
+}

@@ -1,0 +1,85 @@
+//! What all layers of a step share: the sequences' rows, and each row's rotations.
+
+use super::batch::StepBatch;
+use super::config::{ModelConfig, Positions};
+use super::rope::RotaryEmbedding;
+use crate::kernels::attention::Rows;
+use crate::kernels::ops::rotate;
+
+/// The rotary embeddings of a model: one for all layers, or another for those with a window.
+pub struct Rotations {
+    global: Option<RotaryEmbedding>,
+    local: Option<RotaryEmbedding>,
+}
+
+impl Rotations {
+    /// The embeddings that the configuration describes.
+    pub fn new(config: &ModelConfig) -> Self {
+        let Positions::Rotary { global, local } = &config.positions else {
+            return Self { global: None, local: None };
+        };
+        let new = |rope| RotaryEmbedding::new(rope, config.max_position_embeddings);
+        Self { global: Some(new(global)), local: local.as_ref().map(new) }
+    }
+}
+
+/// A step as the layers see it.
+pub struct Step<'a> {
+    /// The sequences.
+    pub rows: Vec<Rows<'a>>,
+    global: Option<Table<'a>>,
+    local: Option<Table<'a>>,
+}
+
+/// `[rows][rotary_dim / 2]` each.
+struct Table<'a> {
+    rope: &'a RotaryEmbedding,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl<'a> Step<'a> {
+    /// Prepares the step.
+    pub fn new(batch: &'a StepBatch, rotations: &'a Rotations) -> Self {
+        let mut first = 0;
+        let mut rows = Vec::with_capacity(batch.sequences.len());
+        for s in &batch.sequences {
+            rows.push(Rows {
+                first,
+                len: s.num_tokens,
+                start_position: s.start_position,
+                block_table: &s.block_table,
+            });
+            first += s.num_tokens;
+        }
+        let table = |rope: &'a Option<RotaryEmbedding>| {
+            rope.as_ref().map(|rope| Table::new(batch, rope))
+        };
+        Self { rows, global: table(&rotations.global), local: table(&rotations.local) }
+    }
+
+    /// Rotates the heads of each row of `x`, `row_width` values wide.
+    pub fn rotate(&self, x: &mut [f32], row_width: usize, head_dim: usize, has_window: bool) {
+        let local = self.local.as_ref().filter(|_| has_window);
+        let Some(table) = local.or(self.global.as_ref()) else { return };
+        let half = table.rope.rotary_dim() / 2;
+        let (cos, sin) = (table.cos.chunks_exact(half), table.sin.chunks_exact(half));
+        for ((row, cos), sin) in x.chunks_exact_mut(row_width).zip(cos).zip(sin) {
+            let (dim, interleaved) = (table.rope.rotary_dim(), table.rope.interleaved());
+            rotate(row, head_dim, dim, interleaved, cos, sin);
+        }
+    }
+}
+
+impl<'a> Table<'a> {
+    fn new(batch: &StepBatch, rope: &'a RotaryEmbedding) -> Self {
+        let len = batch.token_ids.len() * rope.rotary_dim() / 2;
+        let (mut cos, mut sin) = (Vec::with_capacity(len), Vec::with_capacity(len));
+        for s in &batch.sequences {
+            for position in s.start_position..s.start_position + s.num_tokens {
+                rope.push(position, s.prompt_len, &mut cos, &mut sin);
+            }
+        }
+        Self { rope, cos, sin }
+    }
+}
