@@ -131,7 +131,9 @@ LONGROPE_NOTES = (
     "with that: generate() recomputes the cache once when the length passes 48. greedy_use_cache does not.")
 
 # Tied embeddings answer with the token they saw, unless the layers say more than in untied models.
-LOUD = dict(spread=0.25)
+LOUD = dict(weights=dict(spread=0.25))
+# Gemma multiplies its embeddings by sqrt(hidden_size).
+GEMMA_LOUD = dict(weights=dict(spread=0.25, embedding_spread=0.15))
 
 # name: (config, how it is stored and described)
 CASES = {
@@ -178,7 +180,7 @@ CASES = {
         notes="Mistral 7B v0.1: a token sees itself and the 15 before it; classic spelling.")),
     "mistral_nemo": (dict(KIN, head_dim=24, sliding_window=None, rope_theta=1000000.0), dict(
         family="mistral", modern=True, dtype="float16",
-        notes="Mistral Nemo: head_dim is 24 where hidden_size / heads is 16, sliding_window is null; rope_parameters.")),
+        notes="Mistral Nemo: head_dim is 24 where hidden_size / heads is 16, sliding_window null; rope_parameters.")),
 
     "falcon_7b": (dict(FALCON, hidden_size=56, num_attention_heads=7), dict(
         family="falcon", drop=["ffn_hidden_size", "tie_word_embeddings", "num_ln_in_parallel_attn"], dtype="bfloat16",
@@ -208,13 +210,14 @@ CASES = {
 
     "qwen2": (dict(KIN, use_sliding_window=False, sliding_window=16, max_window_layers=1), dict(
         family="qwen2", drop=["layer_types"], dtype="bfloat16",
-        notes="Biases on q, k and v, none on o; untied. sliding_window has no meaning as use_sliding_window is false.")),
+        notes="Biases on q, k and v, none on o; untied. use_sliding_window is false: sliding_window has no meaning.")),
     "qwen2_tied": (dict(KIN, tie_word_embeddings=True, rope_theta=1000000.0), dict(
-        family="qwen2", **LOUD, modern=True, dtype="float16", notes="Tied embeddings; rope_parameters and layer_types.")),
+        family="qwen2", **LOUD, modern=True, dtype="float16",
+        notes="Tied embeddings; rope_parameters and layer_types.")),
     "qwen2_window": (dict(KIN, num_hidden_layers=3, tie_word_embeddings=True, use_sliding_window=True,
                           sliding_window=16, max_window_layers=1), dict(
         family="qwen2", **LOUD, drop=["layer_types"], dtype="bfloat16",
-        notes="use_sliding_window with max_window_layers = 1: layer 0 sees everything, layers 1 and 2 a window of 16.")),
+        notes="use_sliding_window with max_window_layers = 1: layer 0 sees everything, layers 1 and 2 16 tokens.")),
     "qwen3": (dict(KIN, head_dim=24, tie_word_embeddings=True, rope_theta=1000000.0), dict(
         family="qwen3", **LOUD, drop=["layer_types"], dtype="bfloat16",
         notes="RMSNorm over each head of q and k before the rotation; head_dim 24; tied; classic spelling.")),
@@ -228,34 +231,35 @@ CASES = {
               "heads, a window of 16; classic spelling.")),
     "phi3_longrope": (dict(KIN, **LONGROPE, rope_scaling={
         "type": "longrope", "short_factor": SHORT_FACTOR, "long_factor": LONG_FACTOR}), dict(
-        family="phi3", drop=["partial_rotary_factor"], dtype="bfloat16", dynamic=True,
+        family="phi3", drop=["partial_rotary_factor"], dtype="bfloat16", dynamic="longrope",
         notes="Phi-3 128k: longrope in the classic spelling. " + LONGROPE_NOTES)),
     "phi4_mini": (dict(KIN, **LONGROPE, partial_rotary_factor=0.75, tie_word_embeddings=True, rope_scaling={
         "type": "longrope", "short_factor": SHORT_FACTOR[:6], "long_factor": LONG_FACTOR[:6]}), dict(
-        family="phi3", **LOUD, dtype="bfloat16", dynamic=True,
+        family="phi3", **LOUD, dtype="bfloat16", dynamic="longrope",
         notes="Phi-4 mini: the first 12 of 16 values of a head are rotated, 4 heads over 2 KV heads, tied; longrope in "
               "the classic spelling. " + LONGROPE_NOTES)),
     "phi4_mini_modern": (dict(KIN, **LONGROPE, partial_rotary_factor=0.75, rope_scaling={
-        "type": "longrope", "short_factor": SHORT_FACTOR[:6], "long_factor": LONG_FACTOR[:6]}), dict(
-        family="phi3", modern=True, dtype="float16", dynamic=True,
+        "rope_type": "longrope", "short_factor": SHORT_FACTOR[:6], "long_factor": LONG_FACTOR[:6]}), dict(
+        family="phi3", modern=True, dtype="float16", dynamic="longrope",
         notes="As phi4_mini, untied, with rope_parameters. " + LONGROPE_NOTES)),
 
     "gemma2": (dict(GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=5.0), dict(
-        family="gemma2", **LOUD, drop=["layer_types", "tie_word_embeddings", "rope_scaling"], dtype="bfloat16",
+        family="gemma2", **GEMMA_LOUD, drop=["layer_types", "tie_word_embeddings", "rope_scaling"], dtype="bfloat16",
         notes="Soft-capping of scores (2) and logits (5), layer 0 with a window of 16, layer 1 without, scores scaled "
               "by 1 / sqrt(query_pre_attn_scalar = 20); tied, and config.json does not say so; classic spelling.")),
     "gemma2_modern": (dict(GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=None), dict(
-        family="gemma2", **LOUD, modern=True, dtype="float16",
+        family="gemma2", **GEMMA_LOUD, modern=True, dtype="float16",
         notes="Soft-capping of scores only; rope_parameters and layer_types.")),
     "gemma3": (dict(GEMMA3, sliding_window_pattern=3, rope_theta=1000000.0, rope_local_base_freq=10000.0,
                     rope_scaling={"rope_type": "linear", "factor": 8.0}), dict(
-        family="gemma3_text", **LOUD, drop=["layer_types", "tie_word_embeddings"], dtype="bfloat16",
+        family="gemma3_text", **GEMMA_LOUD, drop=["layer_types", "tie_word_embeddings"], dtype="bfloat16",
         notes="Norms over each head of q and k; layers 0 and 1 have a window of 16 and base 10000, layer 2 sees "
-              "everything with base 1000000 and its positions divided by 8 (sliding_window_pattern = 3); classic spelling.")),
+              "everything with base 1000000 and its positions divided by 8 (sliding_window_pattern = 3); classic "
+              "spelling.")),
     "gemma3_modern": (dict(GEMMA3, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
                            rope_theta=1000000.0, rope_local_base_freq=10000.0,
                            rope_scaling={"rope_type": "linear", "factor": 8.0}), dict(
-        family="gemma3_text", **LOUD, modern=True, dtype="bfloat16",
+        family="gemma3_text", **GEMMA_LOUD, modern=True, dtype="bfloat16",
         notes="rope_parameters for each type of layer, and layer_types.")),
 
     "mixtral": (dict(KIN, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, sliding_window=None,
@@ -268,7 +272,7 @@ CASES = {
     "qwen3_moe": (dict(KIN, head_dim=24, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16,
                        norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[], tie_word_embeddings=True,
                        rope_theta=1000000.0), dict(
-        family="qwen3_moe", **LOUD, dtype="bfloat16",
+        family="qwen3_moe", **LOUD, drop=["num_local_experts"], dtype="bfloat16",
         notes="8 experts, 2 a token, their weights normalized to one; every layer is sparse; classic spelling.")),
     "qwen3_moe_mixed": (dict(KIN, head_dim=16, num_hidden_layers=4, num_experts=8, num_experts_per_tok=3,
                              moe_intermediate_size=16, intermediate_size=48, norm_topk_prob=False,
@@ -284,7 +288,7 @@ def wanted_config(name):
     return changes if "family" in how else {**BASE, **changes}
 
 
-def random_weights(model, seed, spread=0.15):
+def random_weights(model, seed, spread=0.15, embedding_spread=0.3):
     """Weights large enough for varied answers, norms spread around one, biases non-zero."""
     gen = torch.Generator().manual_seed(seed)
     # Gemma keeps its norms' weights less one.
@@ -297,7 +301,7 @@ def random_weights(model, seed, spread=0.15):
             elif "norm" in name or "ln_" in name:
                 p.copy_(one + 0.2 * noise)
             elif "embed" in name or "lm_head" in name:
-                p.copy_(0.3 * noise)
+                p.copy_(embedding_spread * noise)
             else:
                 p.copy_(spread * noise)
 
@@ -322,7 +326,7 @@ def write_model(folder, name, seed):
     # transformers edits the dictionaries it is given.
     config = AutoConfig.for_model(how.get("family", "llama"), **json.loads(json.dumps(wanted)))
     model = AutoModelForCausalLM.from_config(config)
-    random_weights(model, seed, how.get("spread", 0.15))
+    random_weights(model, seed, **how.get("weights", {}))
     model = model.to(getattr(torch, how.get("dtype", "float32")))
     for old in folder.glob("model*"):
         old.unlink()
@@ -391,8 +395,9 @@ def greedy_use_cache(model, ids):
 def greedy_generate(model, ids):
     """Greedy tokens of transformers' own loop."""
     forget_lengths(model)
+    model.generation_config.eos_token_id = None
     new = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                         do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, eos_token_id=-1)
+                         do_sample=False, max_new_tokens=NEW_TOKENS)
     return new[0, len(ids):].tolist()
 
 
@@ -422,7 +427,7 @@ def references(folder, tok, name):
         }
         if how.get("dynamic"):
             record["greedy_use_cache"] = greedy_use_cache(model, ids)
-            if "longrope" in how["notes"]:
+            if how["dynamic"] == "longrope":
                 record["greedy_generate"] = greedy_generate(model, ids)
         elif greedy_use_cache(model, ids) != new:
             raise SystemExit(f"{name}: the cache changes the answer")
