@@ -117,9 +117,9 @@ KIN = dict(COMMON, intermediate_size=64, num_key_value_heads=2, rms_norm_eps=1e-
            tie_word_embeddings=False, hidden_act="silu")
 FALCON = dict(COMMON, num_attention_heads=8, layer_norm_epsilon=1e-5, activation="gelu", rope_theta=10000.0,
               alibi=False, bias=False, multi_query=True, parallel_attn=True, new_decoder_architecture=False)
-GEMMA = dict(COMMON, intermediate_size=64, num_key_value_heads=2, head_dim=24, query_pre_attn_scalar=20,
+GEMMA2 = dict(COMMON, intermediate_size=64, num_key_value_heads=2, head_dim=24, query_pre_attn_scalar=20,
              rms_norm_eps=1e-6, rope_theta=10000.0, hidden_activation="gelu_pytorch_tanh", sliding_window=16)
-GEMMA3 = dict(GEMMA, num_hidden_layers=3)
+GEMMA3 = dict(GEMMA2, num_hidden_layers=3)
 # Six frequencies (three quarters of a head of 16) or eight; the prompts cross the 48 original positions.
 LONGROPE = dict(max_position_embeddings=192, original_max_position_embeddings=48)
 SHORT_FACTOR = [1.0, 1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5]
@@ -133,7 +133,7 @@ LONGROPE_NOTES = (
 # Tied embeddings answer with the token they saw, unless the layers say more than in untied models.
 LOUD = dict(weights=dict(spread=0.25))
 # Gemma multiplies its embeddings by sqrt(hidden_size).
-GEMMA_LOUD = dict(weights=dict(spread=0.25, embedding_spread=0.15))
+GEMMA_LOUD = dict(weights=dict(spread=0.25, embedding_spread=0.12, output_gain=4.0))
 
 # name: (config, how it is stored and described)
 CASES = {
@@ -243,11 +243,11 @@ CASES = {
         family="phi3", modern=True, dtype="float16", dynamic="longrope",
         notes="As phi4_mini, untied, with rope_parameters. " + LONGROPE_NOTES)),
 
-    "gemma2": (dict(GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=5.0), dict(
+    "gemma2": (dict(GEMMA2, attn_logit_softcapping=2.0, final_logit_softcapping=5.0), dict(
         family="gemma2", **GEMMA_LOUD, drop=["layer_types", "tie_word_embeddings", "rope_scaling"], dtype="bfloat16",
         notes="Soft-capping of scores (2) and logits (5), layer 0 with a window of 16, layer 1 without, scores scaled "
               "by 1 / sqrt(query_pre_attn_scalar = 20); tied, and config.json does not say so; classic spelling.")),
-    "gemma2_modern": (dict(GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=None), dict(
+    "gemma2_modern": (dict(GEMMA2, attn_logit_softcapping=2.0, final_logit_softcapping=None), dict(
         family="gemma2", **GEMMA_LOUD, modern=True, dtype="float16",
         notes="Soft-capping of scores only; rope_parameters and layer_types.")),
     "gemma3": (dict(GEMMA3, sliding_window_pattern=3, rope_theta=1000000.0, rope_local_base_freq=10000.0,
@@ -288,18 +288,19 @@ def wanted_config(name):
     return changes if "family" in how else {**BASE, **changes}
 
 
-def random_weights(model, seed, spread=0.15, embedding_spread=0.3):
+def random_weights(model, seed, spread=0.15, embedding_spread=0.3, output_gain=1.0):
     """Weights large enough for varied answers, norms spread around one, biases non-zero."""
     gen = torch.Generator().manual_seed(seed)
-    # Gemma keeps its norms' weights less one.
-    one = 0.0 if model.config.model_type.startswith("gemma") else 1.0
+    # Gemma keeps its norms' weights less one, and has norms on what its layers add to the stream as well.
+    one = 1.0 if model.config.model_type.startswith("gemma") else 0.0
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=gen)
             if name.endswith("bias"):
                 p.copy_(0.2 * noise)
             elif "norm" in name or "ln_" in name:
-                p.copy_(one + 0.2 * noise)
+                output = one and ("post_attention" in name or "post_feedforward" in name)
+                p.copy_((output_gain if output else 1.0) - one + 0.2 * noise)
             elif "embed" in name or "lm_head" in name:
                 p.copy_(embedding_spread * noise)
             else:
