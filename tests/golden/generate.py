@@ -9,7 +9,7 @@ The committed output was made with Python 3.11, torch 2.15.0, transformers 5.23.
 safetensors 0.8.0 and jinja2 3.1.6 on an AVX-512 CPU. Another version or CPU may move the last bits of
 the floating-point values; the greedy tokens have a margin (see MARGIN) that survives that.
 
-Each case folder holds a small random Llama as a user would have it (config.json, safetensors, tokenizer,
+Each case folder holds a small random model as a user would have it (config.json, safetensors, tokenizer,
 generation_config.json) and golden.json:
 
     seed             the seed that was settled on (the first one whose greedy paths keep the margin)
@@ -24,9 +24,14 @@ generation_config.json) and golden.json:
       logprob          their sum
       logits           (the shortest prompt only) f32 logits at every position
 
-Everything is computed in f32 on the CPU with attn_implementation="eager" and use_cache=False: one
-forward over the whole sequence for every new token, with a fresh rotary embedding each time. For
-bf16 and f16 cases the stored weights are upcast to f32 first.
+Everything is computed in f32 on the CPU with attn_implementation="eager" (but see falcon_rw) and
+use_cache=False: one forward over the whole sequence for every new token, with a fresh rotary embedding each
+time. For bf16 and f16 cases the stored weights are upcast to f32 first.
+
+Where the frequencies depend on the length of the sequence (rope_dynamic, longrope), a prompt has also
+
+      greedy_use_cache what a plain loop over the KV cache gives: cached keys stay as they were rotated
+      greedy_generate  what transformers' own generate() gives
 """
 
 import argparse
@@ -43,6 +48,7 @@ import transformers
 
 HERE = Path(__file__).resolve().parent
 MARGIN = 5e-3
+ROUTING_MARGIN = 1e-3  # between the last router logit that gets an expert and the first that does not
 NEW_TOKENS = 32
 VOCAB = 272
 
@@ -102,6 +108,33 @@ BASE = dict(
 # Heads of 16 values, so that the scaled frequencies fall into different bands.
 ROPE = dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
 
+# What every other family has in its config.json too. hidden_size / heads is 16, so that TP 1, 2 and 4 divide.
+COMMON = dict(
+    vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+# The families that follow Llama's names.
+KIN = dict(COMMON, intermediate_size=64, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=10000.0,
+           tie_word_embeddings=False, hidden_act="silu")
+FALCON = dict(COMMON, num_attention_heads=8, layer_norm_epsilon=1e-5, activation="gelu", rope_theta=10000.0,
+              alibi=False, bias=False, multi_query=True, parallel_attn=True, new_decoder_architecture=False)
+GEMMA2 = dict(COMMON, intermediate_size=64, num_key_value_heads=2, head_dim=24, query_pre_attn_scalar=20,
+             rms_norm_eps=1e-6, rope_theta=10000.0, hidden_activation="gelu_pytorch_tanh", sliding_window=16)
+GEMMA3 = dict(GEMMA2, num_hidden_layers=3)
+# Six frequencies (three quarters of a head of 16) or eight; the prompts cross the 48 original positions.
+LONGROPE = dict(max_position_embeddings=192, original_max_position_embeddings=48)
+SHORT_FACTOR = [1.0, 1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5]
+LONG_FACTOR = [1.0, 1.1, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]
+LONGROPE_NOTES = (
+    "The frequencies are divided by short_factor while the sequence has at most original_max_position_embeddings = "
+    "48 tokens and by long_factor from then on; cos and sin are scaled by sqrt(1 + ln(192 / 48) / ln(48)) at every "
+    "length. greedy, logits and logprobs rotate the whole sequence by its length at that step. greedy_generate agrees "
+    "with that: generate() recomputes the cache once when the length passes 48. greedy_use_cache does not.")
+
+# Tied embeddings answer with the token they saw, unless the layers say more than in untied models.
+LOUD = dict(weights=dict(spread=0.25))
+# Gemma multiplies its embeddings by sqrt(hidden_size).
+GEMMA_LOUD = dict(weights=dict(spread=0.25, embedding_spread=0.12, output_gain=4.0))
+
 # name: (config, how it is stored and described)
 CASES = {
     "llama_mha": (dict(num_key_value_heads=8), dict(
@@ -141,44 +174,160 @@ CASES = {
         "original_max_position_embeddings": 64}), dict(
         modern=True, notes="Llama-3.1 scaling in the newer spelling, rope_parameters; the frequencies fall into "
                            "all three bands.")),
+
+    "mistral": (dict(KIN, sliding_window=16), dict(
+        family="mistral", drop=["head_dim"], dtype="bfloat16",
+        notes="Mistral 7B v0.1: a token sees itself and the 15 before it; classic spelling.")),
+    "mistral_nemo": (dict(KIN, head_dim=24, sliding_window=None, rope_theta=1000000.0), dict(
+        family="mistral", modern=True, dtype="float16",
+        notes="Mistral Nemo: head_dim is 24 where hidden_size / heads is 16, sliding_window null; rope_parameters.")),
+
+    "falcon_7b": (dict(FALCON, hidden_size=56, num_attention_heads=7), dict(
+        family="falcon", drop=["ffn_hidden_size", "tie_word_embeddings", "num_ln_in_parallel_attn"], dtype="bfloat16",
+        notes="Falcon 7B: multi_query (7 heads over 1 KV head; num_kv_heads = 7 in config.json has no meaning), one "
+              "LayerNorm for attention and MLP, which run in parallel; tied, and config.json does not say so. Rows of "
+              "query_key_value: 7 heads of q, k, v. Seven heads divide over one rank only.")),
+    "falcon_40b": (dict(FALCON, new_decoder_architecture=True, num_kv_heads=2), dict(
+        family="falcon", drop=["ffn_hidden_size", "num_ln_in_parallel_attn"], dtype="bfloat16",
+        notes="Falcon 40B and 180B: new_decoder_architecture, 8 heads over 2 KV heads, ln_attn and ln_mlp in parallel. "
+              "Rows of query_key_value, for each KV head: its 4 heads of q, its k, its v.")),
+    "falcon2_11b": (dict(FALCON, new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1,
+                         ffn_hidden_size=160, rope_theta=500042.0, tie_word_embeddings=False), dict(
+        family="falcon", modern=True, dtype="bfloat16",
+        notes="Falcon2 11B: new_decoder_architecture with one LayerNorm (input_layernorm), untied, ffn_hidden_size "
+              "given; rope_parameters.")),
+    "falcon_rw": (dict(FALCON, alibi=True, bias=True, multi_query=False, parallel_attn=False), dict(
+        family="falcon", drop=["ffn_hidden_size", "rope_theta", "rope_scaling"], dtype="bfloat16", attention="sdpa",
+        notes="Falcon RW: ALiBi, biases, MLP after attention with a LayerNorm of its own (post_attention_layernorm). "
+              "Rows of query_key_value, for each head: its q, its k, its v. Scores are (q.k + slope * key position) / "
+              "sqrt(head_dim); made with sdpa, as eager in this version of transformers adds the slopes twice. "
+              "The slopes of 8 heads are powers of two, exact in bf16.")),
+    "falcon_rw_16_heads": (dict(FALCON, num_attention_heads=16, alibi=True, bias=True, multi_query=False,
+                                parallel_attn=False, ffn_hidden_size=64, tie_word_embeddings=False), dict(
+        family="falcon", drop=["rope_theta", "rope_scaling"], dtype="bfloat16", attention="sdpa",
+        notes="As falcon_rw, untied, with 16 heads of 4 values: transformers rounds the slopes to bf16, and then the "
+              "products of slope and key position (0, 1, 2 ...) to bf16 again, whatever the type of the model.")),
+
+    "qwen2": (dict(KIN, use_sliding_window=False, sliding_window=16, max_window_layers=1), dict(
+        family="qwen2", drop=["layer_types"], dtype="bfloat16",
+        notes="Biases on q, k and v, none on o; untied. use_sliding_window is false: sliding_window has no meaning.")),
+    "qwen2_tied": (dict(KIN, tie_word_embeddings=True, rope_theta=1000000.0), dict(
+        family="qwen2", **LOUD, modern=True, dtype="float16",
+        notes="Tied embeddings; rope_parameters and layer_types.")),
+    "qwen2_window": (dict(KIN, num_hidden_layers=3, tie_word_embeddings=True, use_sliding_window=True,
+                          sliding_window=16, max_window_layers=1), dict(
+        family="qwen2", **LOUD, drop=["layer_types"], dtype="bfloat16",
+        notes="use_sliding_window with max_window_layers = 1: layer 0 sees everything, layers 1 and 2 16 tokens.")),
+    "qwen3": (dict(KIN, head_dim=24, tie_word_embeddings=True, rope_theta=1000000.0), dict(
+        family="qwen3", **LOUD, drop=["layer_types"], dtype="bfloat16",
+        notes="RMSNorm over each head of q and k before the rotation; head_dim 24; tied; classic spelling.")),
+    "qwen3_untied": (dict(KIN, head_dim=16, attention_bias=True, rope_theta=1000000.0), dict(
+        family="qwen3", modern=True, dtype="float16",
+        notes="Untied, attention_bias (q, k, v and o); rope_parameters and layer_types.")),
+
+    "phi3": (dict(KIN, num_key_value_heads=4, sliding_window=16), dict(
+        family="phi3", drop=["partial_rotary_factor"], dtype="bfloat16",
+        notes="Phi-3 mini 4k: fused qkv_proj (rows q, k, v) and gate_up_proj (rows gate, up), as many KV heads as "
+              "heads, a window of 16; classic spelling.")),
+    "phi3_longrope": (dict(KIN, **LONGROPE, rope_scaling={
+        "type": "longrope", "short_factor": SHORT_FACTOR, "long_factor": LONG_FACTOR}), dict(
+        family="phi3", drop=["partial_rotary_factor"], dtype="bfloat16", dynamic="longrope",
+        notes="Phi-3 128k: longrope in the classic spelling. " + LONGROPE_NOTES)),
+    "phi4_mini": (dict(KIN, **LONGROPE, partial_rotary_factor=0.75, tie_word_embeddings=True, rope_scaling={
+        "type": "longrope", "short_factor": SHORT_FACTOR[:6], "long_factor": LONG_FACTOR[:6]}), dict(
+        family="phi3", **LOUD, dtype="bfloat16", dynamic="longrope",
+        notes="Phi-4 mini: the first 12 of 16 values of a head are rotated, 4 heads over 2 KV heads, tied; longrope in "
+              "the classic spelling. " + LONGROPE_NOTES)),
+    "phi4_mini_modern": (dict(KIN, **LONGROPE, partial_rotary_factor=0.75, rope_scaling={
+        "rope_type": "longrope", "short_factor": SHORT_FACTOR[:6], "long_factor": LONG_FACTOR[:6]}), dict(
+        family="phi3", modern=True, dtype="float16", dynamic="longrope",
+        notes="As phi4_mini, untied, with rope_parameters. " + LONGROPE_NOTES)),
+
+    "gemma2": (dict(GEMMA2, attn_logit_softcapping=2.0, final_logit_softcapping=5.0), dict(
+        family="gemma2", **GEMMA_LOUD, drop=["layer_types", "tie_word_embeddings", "rope_scaling"], dtype="bfloat16",
+        notes="Soft-capping of scores (2) and logits (5), layer 0 with a window of 16, layer 1 without, scores scaled "
+              "by 1 / sqrt(query_pre_attn_scalar = 20); tied, and config.json does not say so; classic spelling.")),
+    "gemma2_modern": (dict(GEMMA2, attn_logit_softcapping=2.0, final_logit_softcapping=None), dict(
+        family="gemma2", **GEMMA_LOUD, modern=True, dtype="float16",
+        notes="Soft-capping of scores only; rope_parameters and layer_types.")),
+    "gemma3": (dict(GEMMA3, sliding_window_pattern=3, rope_theta=1000000.0, rope_local_base_freq=10000.0,
+                    rope_scaling={"rope_type": "linear", "factor": 8.0}), dict(
+        family="gemma3_text", **GEMMA_LOUD, drop=["layer_types", "tie_word_embeddings"], dtype="bfloat16",
+        notes="Norms over each head of q and k; layers 0 and 1 have a window of 16 and base 10000, layer 2 sees "
+              "everything with base 1000000 and its positions divided by 8 (sliding_window_pattern = 3); classic "
+              "spelling.")),
+    "gemma3_modern": (dict(GEMMA3, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+                           rope_theta=1000000.0, rope_local_base_freq=10000.0,
+                           rope_scaling={"rope_type": "linear", "factor": 8.0}), dict(
+        family="gemma3_text", **GEMMA_LOUD, modern=True, dtype="bfloat16",
+        notes="rope_parameters for each type of layer, and layer_types.")),
+
+    "mixtral": (dict(KIN, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, sliding_window=None,
+                     rope_theta=1000000.0), dict(
+        family="mixtral", drop=["head_dim"], dtype="bfloat16",
+        notes="4 experts, 2 a token, their weights normalized to one; classic spelling.")),
+    "mixtral_modern": (dict(KIN, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, sliding_window=16,
+                            tie_word_embeddings=True), dict(
+        family="mixtral", **LOUD, modern=True, dtype="bfloat16", notes="With a window of 16, tied; rope_parameters.")),
+    "qwen3_moe": (dict(KIN, head_dim=24, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16,
+                       norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[], tie_word_embeddings=True,
+                       rope_theta=1000000.0), dict(
+        family="qwen3_moe", **LOUD, drop=["num_local_experts"], dtype="bfloat16",
+        notes="8 experts, 2 a token, their weights normalized to one; every layer is sparse; classic spelling.")),
+    "qwen3_moe_mixed": (dict(KIN, head_dim=16, num_hidden_layers=4, num_experts=8, num_experts_per_tok=3,
+                             moe_intermediate_size=16, intermediate_size=48, norm_topk_prob=False,
+                             decoder_sparse_step=2, mlp_only_layers=[3], tie_word_embeddings=True), dict(
+        family="qwen3_moe", **LOUD, modern=True, dtype="bfloat16",
+        notes="Only layer 1 is sparse (decoder_sparse_step = 2, mlp_only_layers = [3]), 3 of 8 experts, weights not "
+              "normalized; rope_parameters.")),
 }
 
 
-def random_weights(model, seed):
+def wanted_config(name):
+    changes, how = CASES[name]
+    return changes if "family" in how else {**BASE, **changes}
+
+
+def random_weights(model, seed, spread=0.15, embedding_spread=0.3, output_gain=1.0):
     """Weights large enough for varied answers, norms spread around one, biases non-zero."""
     gen = torch.Generator().manual_seed(seed)
+    # Gemma keeps its norms' weights less one, and has norms on what its layers add to the stream as well.
+    one = 1.0 if model.config.model_type.startswith("gemma") else 0.0
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=gen)
-            if "norm" in name:
-                p.copy_(1.0 + 0.2 * noise)
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 p.copy_(0.2 * noise)
-            elif "embed_tokens" in name or "lm_head" in name:
-                p.copy_(0.3 * noise)
+            elif "norm" in name or "ln_" in name:
+                output = one and ("post_attention" in name or "post_feedforward" in name)
+                p.copy_((output_gain if output else 1.0) - one + 0.2 * noise)
+            elif "embed" in name or "lm_head" in name:
+                p.copy_(embedding_spread * noise)
             else:
-                p.copy_(0.15 * noise)
+                p.copy_(spread * noise)
 
 
-def classic_config(path, wanted):
+def classic_config(path, wanted, drop=()):
     """Rewrites what transformers 5 saved into the spelling of most files in the wild."""
     config = json.loads(path.read_text())
     config.pop("rope_parameters", None)
     if "head_dim" not in wanted:  # older files leave it to hidden_size / num_attention_heads
         config.pop("head_dim", None)
-    config["rope_theta"] = wanted["rope_theta"]
-    config["rope_scaling"] = wanted.get("rope_scaling")
+    config["rope_scaling"] = None
+    config.update(wanted)
+    for key in drop:
+        config.pop(key, None)
     config["torch_dtype"] = config.pop("dtype", "float32")
     write_json(path, dict(sorted(config.items())))
 
 
 def write_model(folder, name, seed):
-    from transformers import LlamaConfig, LlamaForCausalLM
-    changes, how = CASES[name]
-    wanted = {**BASE, **changes}
+    from transformers import AutoConfig, AutoModelForCausalLM
+    how, wanted = CASES[name][1], wanted_config(name)
     # transformers edits the dictionaries it is given.
-    model = LlamaForCausalLM(LlamaConfig(**json.loads(json.dumps(wanted))))
-    random_weights(model, seed)
+    config = AutoConfig.for_model(how.get("family", "llama"), **json.loads(json.dumps(wanted)))
+    model = AutoModelForCausalLM.from_config(config)
+    random_weights(model, seed, **how.get("weights", {}))
     model = model.to(getattr(torch, how.get("dtype", "float32")))
     for old in folder.glob("model*"):
         old.unlink()
@@ -186,17 +335,36 @@ def write_model(folder, name, seed):
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)
     if not how.get("modern"):
-        classic_config(folder / "config.json", wanted)
+        classic_config(folder / "config.json", wanted, how.get("drop", ()))
 
 
 # --------------------------------------------------------------------------------------------------
 # References
 # --------------------------------------------------------------------------------------------------
 
+def forget_lengths(model):
+    """Gives the model a fresh rotary embedding: some kinds keep the frequencies of the longest sequence seen."""
+    decoder = model.base_model
+    decoder.rotary_emb = type(decoder.rotary_emb)(model.config)
+
+
+def watch_routing(model):
+    """A list that gathers, for each forward and sparse layer, the smallest distance from another choice of experts."""
+    gaps = []
+
+    def note(router, _, output):
+        top = output[0].topk(router.top_k + 1, dim=-1).values
+        gaps.append((top[:, -2] - top[:, -1]).min().item())
+
+    for module in model.modules():
+        if type(module).__name__.endswith("TopKRouter"):
+            module.register_forward_hook(note)
+    return gaps
+
+
 def forward(model, ids):
     """Logits (positions x vocabulary) of one whole sequence, free of any state of earlier calls."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-    model.model.rotary_emb = LlamaRotaryEmbedding(model.config)
+    forget_lengths(model)
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
 
@@ -212,9 +380,8 @@ def greedy(model, ids):
 
 
 def greedy_use_cache(model, ids):
-    """Greedy tokens as generate() gives them: prefill, then one token at a time on the KV cache."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-    model.model.rotary_emb = LlamaRotaryEmbedding(model.config)
+    """Greedy tokens on the KV cache: prefill, then one token at a time."""
+    forget_lengths(model)
     ids = torch.tensor([ids])
     out, cache, step = [], None, ids
     with torch.no_grad():
@@ -226,21 +393,31 @@ def greedy_use_cache(model, ids):
     return out
 
 
+def greedy_generate(model, ids):
+    """Greedy tokens of transformers' own loop."""
+    forget_lengths(model)
+    model.generation_config.eos_token_id = None
+    new = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                         do_sample=False, max_new_tokens=NEW_TOKENS)
+    return new[0, len(ids):].tolist()
+
+
 def f32(values):
     """Shortest decimals that read back to the same f32."""
     return [float(np.format_float_positional(np.float32(v), unique=True, trim="0")) for v in values]
 
 
 def references(folder, tok, name):
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
     _, how = CASES[name]
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    smallest, prompts = math.inf, []
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=how.get("attention", "eager")).eval()
+    smallest, prompts, gaps = math.inf, [], watch_routing(model)
     for i, text in enumerate(PROMPTS):
         ids = tok(text)["input_ids"]
         new, margin = greedy(model, ids)
         smallest = min(smallest, margin)
-        if smallest < MARGIN or len(set(new)) < 8:
+        if smallest < MARGIN or min(gaps, default=math.inf) < ROUTING_MARGIN or len(set(new)) < 8:
             return None
         logits = forward(model, ids)
         logprobs = torch.log_softmax(logits[:-1].double(), -1)[torch.arange(len(ids) - 1), ids[1:]]
@@ -251,6 +428,8 @@ def references(folder, tok, name):
         }
         if how.get("dynamic"):
             record["greedy_use_cache"] = greedy_use_cache(model, ids)
+            if how["dynamic"] == "longrope":
+                record["greedy_generate"] = greedy_generate(model, ids)
         elif greedy_use_cache(model, ids) != new:
             raise SystemExit(f"{name}: the cache changes the answer")
         if i == 0:
