@@ -4,6 +4,8 @@
 //! with them (slices for a rank, conversion, quantization) is the same for all.
 
 pub mod gguf;
+pub mod meta;
+pub mod torch;
 
 use crate::kernels::quant::QuantType;
 
