@@ -83,9 +83,9 @@ pub struct Matrix<'a, E> {
 /// enough that all threads finish together.
 const TASK_BYTES: usize = 256 << 10;
 /// Bytes of activations kept in the second-level cache while weights pass by.
-const ACTIVATION_BYTES: usize = 384 << 10;
+pub(super) const ACTIVATION_BYTES: usize = 384 << 10;
 /// Rows of a weight tile.
-const TILE_ROWS: usize = 4;
+pub(super) const TILE_ROWS: usize = 4;
 
 /// `out[m, rows] = x[m, cols] · wᵀ + bias`, on the rank's threads.
 ///
@@ -101,7 +101,7 @@ pub fn linear<E: Element>(
     linear_in_tier(tier(), x, m, w, bias, out);
 }
 
-fn linear_in_tier<E: Element>(
+pub(super) fn linear_in_tier<E: Element>(
     tier: Tier,
     x: &[f32],
     m: usize,
@@ -133,24 +133,27 @@ fn linear_in_tier<E: Element>(
             out: unsafe { out.get().add(first) },
             out_stride: w.rows,
         };
-        run_panel(tier, &panel);
+        // SAFETY: the pointers above.
+        unsafe { run_panel(tier, &panel) };
     });
 }
 
 /// Some rows of the weights against all activations.
-struct Panel<E> {
-    x: *const f32,
-    m: usize,
-    w: *const E,
-    rows: usize,
-    cols: usize,
-    stride: usize,
-    bias: *const f32,
-    out: *mut f32,
-    out_stride: usize,
+pub(super) struct Panel<E> {
+    pub(super) x: *const f32,
+    pub(super) m: usize,
+    pub(super) w: *const E,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) stride: usize,
+    pub(super) bias: *const f32,
+    pub(super) out: *mut f32,
+    pub(super) out_stride: usize,
 }
 
-fn run_panel<E: Element>(tier: Tier, panel: &Panel<E>) {
+/// # Safety
+/// The panel's pointers are valid for its shape.
+pub(super) unsafe fn run_panel<E: Element>(tier: Tier, panel: &Panel<E>) {
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     unsafe fn avx512<E: Element>(panel: &Panel<E>) {
@@ -263,7 +266,7 @@ unsafe fn tile<S: Simd, E: Element, const M: usize, const N: usize>(
 
 /// The first `n < 16` values, then zeros.
 #[inline(always)]
-unsafe fn padded<E: Element>(p: *const E, n: usize) -> [f32; LANES] {
+pub(super) unsafe fn padded<E: Element>(p: *const E, n: usize) -> [f32; LANES] {
     // SAFETY: the caller gives `n` readable values.
     std::array::from_fn(|i| if i < n { unsafe { *p.add(i) }.to_f32() } else { 0.0 })
 }

@@ -26,6 +26,12 @@ pub trait Simd: Copy {
     unsafe fn load_bf16(p: *const bf16) -> Self::V;
     /// 16 f16 values, widened exactly.
     unsafe fn load_f16(p: *const f16) -> Self::V;
+    /// 16 signed bytes, widened exactly.
+    unsafe fn load_i8(p: *const i8) -> Self::V;
+    /// Lane i of the table for each of 16 bytes, i its low four bits.
+    unsafe fn lookup(table: Self::V, p: *const i8) -> Self::V;
+    /// The f16 with these bits, widened exactly.
+    unsafe fn f16(bits: u16) -> f32;
     /// 16 values to memory.
     unsafe fn store(p: *mut f32, v: Self::V);
     /// `a * b + c`, rounded once.
@@ -86,6 +92,20 @@ impl Simd for Scalar {
     unsafe fn load_f16(p: *const f16) -> Self::V {
         // SAFETY: as above.
         unsafe { p.cast::<[f16; LANES]>().read_unaligned() }.map(f16::to_f32)
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> Self::V {
+        // SAFETY: as above.
+        unsafe { p.cast::<[i8; LANES]>().read() }.map(f32::from)
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: Self::V, p: *const i8) -> Self::V {
+        // SAFETY: as above.
+        unsafe { p.cast::<[i8; LANES]>().read() }.map(|i| table[i as usize % LANES])
+    }
+    #[inline(always)]
+    unsafe fn f16(bits: u16) -> f32 {
+        f16::from_bits(bits).to_f32()
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: Self::V) {
@@ -180,6 +200,36 @@ mod x86 {
                 let widen = |p: *const f16| _mm256_cvtph_ps(_mm_loadu_si128(p.cast()));
                 (widen(p), widen(p.add(8)))
             }
+        }
+        #[inline(always)]
+        unsafe fn load_i8(p: *const i8) -> Self::V {
+            // SAFETY: see above.
+            unsafe {
+                let widen = |p: *const i8| {
+                    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast())))
+                };
+                (widen(p), widen(p.add(8)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn lookup(table: Self::V, p: *const i8) -> Self::V {
+            // SAFETY: see above.
+            unsafe {
+                let half = |p: *const i8| {
+                    let i = _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()));
+                    let low = _mm256_permutevar8x32_ps(table.0, i);
+                    let high = _mm256_permutevar8x32_ps(table.1, i);
+                    // The fourth bit, moved to the sign, chooses.
+                    let fourth = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(i));
+                    _mm256_blendv_ps(low, high, fourth)
+                };
+                (half(p), half(p.add(8)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn f16(bits: u16) -> f32 {
+            // SAFETY: see above.
+            unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits)))) }
         }
         #[inline(always)]
         unsafe fn store(p: *mut f32, v: Self::V) {
@@ -289,6 +339,24 @@ mod x86 {
         unsafe fn load_f16(p: *const f16) -> Self::V {
             // SAFETY: see above.
             unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn load_i8(p: *const i8) -> Self::V {
+            // SAFETY: see above.
+            unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
+        }
+        #[inline(always)]
+        unsafe fn lookup(table: Self::V, p: *const i8) -> Self::V {
+            // SAFETY: see above; the permutation reads the low four bits of each index.
+            unsafe {
+                let i = _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()));
+                _mm512_permutexvar_ps(i, table)
+            }
+        }
+        #[inline(always)]
+        unsafe fn f16(bits: u16) -> f32 {
+            // SAFETY: see above; F16C is among the tier's features.
+            unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits)))) }
         }
         #[inline(always)]
         unsafe fn store(p: *mut f32, v: Self::V) {

@@ -1,7 +1,23 @@
 //! Block-quantized weights as GGUF files hold them (ggml's types), used as they are.
 //!
 //! A row is a whole number of blocks. Formats and their arithmetic: ggml's
-//! ggml-common.h and ggml-quants.c.
+//! ggml-common.h and ggml-quants.c. A value is dequantized to the bits that ggml
+//! gives it, and a product takes it from there as an f32 weight: its result has
+//! the bits of [`gemm`](super::gemm) on the dequantized rows.
+//!
+//! Left out: activations quantized to 8 bits for integer dot products (as llama.cpp
+//! does), which would make a result depend on more than f32 sums; the types with
+//! codebooks (iq*) and importance matrices.
+
+mod format;
+mod linear;
+mod quantize;
+
+pub use linear::linear;
+pub use quantize::quantize_rows;
+
+use super::{Tier, tier};
+use format::with_format;
 
 /// A type of block-quantized values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -97,3 +113,82 @@ impl QuantType {
         cols / self.block_len() * self.block_bytes()
     }
 }
+
+/// A borrowed quantized weight matrix `[rows, cols]`.
+///
+/// A row may be a cut of a longer stored row: `data` then starts at the first block
+/// that the cut touches, and `skip` values of it belong to the cut's left neighbour.
+#[derive(Clone, Copy)]
+pub struct QuantMatrix<'a> {
+    /// The blocks, at any alignment.
+    pub data: &'a [u8],
+    /// Their type.
+    pub quant: QuantType,
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+    /// Values of each row's first block that come before its column 0; less than a block.
+    pub skip: usize,
+    /// Bytes between the starts of two rows.
+    pub stride: usize,
+}
+
+impl QuantMatrix<'_> {
+    /// Blocks that a row touches.
+    fn row_blocks(&self) -> usize {
+        if self.cols == 0 { 0 } else { (self.skip + self.cols).div_ceil(self.quant.block_len()) }
+    }
+
+    /// Panics unless every row lies inside `data`.
+    fn check(&self) {
+        assert!(self.skip < self.quant.block_len());
+        let row = self.row_blocks() * self.quant.block_bytes();
+        assert!(self.stride >= row);
+        let last = self.rows.saturating_sub(1).checked_mul(self.stride);
+        let end = last.and_then(|last| last.checked_add(row));
+        assert!(self.rows == 0 || end.is_some_and(|end| end <= self.data.len()));
+    }
+}
+
+/// Dequantizes whole blocks: `out` gets their values, bit for bit as ggml's
+/// `dequantize_row_*` (a NaN's payload aside).
+///
+/// # Panics
+/// If `out` is not a whole number of blocks, or `blocks` not as many.
+pub fn dequantize_row(quant: QuantType, blocks: &[u8], out: &mut [f32]) {
+    dequantize_in_tier(tier(), quant, blocks, out);
+}
+
+fn dequantize_in_tier(tier: Tier, quant: QuantType, blocks: &[u8], out: &mut [f32]) {
+    assert_eq!(out.len() % quant.block_len(), 0);
+    assert_eq!(blocks.len(), quant.row_bytes(out.len()));
+    // SAFETY: both hold the same number of whole blocks.
+    with_format!(quant, F => unsafe {
+        linear::dequantize::<F>(tier, blocks.as_ptr(), out.len() / quant.block_len(), out.as_mut_ptr());
+    });
+}
+
+/// Dequantizes row `row` of `w` into `out`, `w.cols` values.
+///
+/// # Panics
+/// If the row is not there or the lengths do not fit together (a bug, not bad input).
+pub fn read_row(w: QuantMatrix<'_>, row: usize, out: &mut [f32]) {
+    w.check();
+    assert!(row < w.rows);
+    assert_eq!(out.len(), w.cols);
+    let (len, bytes) = (w.quant.block_len(), w.quant.block_bytes());
+    let blocks = &w.data[row * w.stride..][..w.row_blocks() * bytes];
+    let mut values = [0.0; format::MAX_LEN];
+    let values = &mut values[..len];
+    let (mut done, mut from) = (0, w.skip);
+    for block in blocks.chunks_exact(bytes) {
+        dequantize_row(w.quant, block, values);
+        let n = (len - from).min(w.cols - done);
+        out[done..done + n].copy_from_slice(&values[from..from + n]);
+        (done, from) = (done + n, 0);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,80 @@
+//! The linear kernel over quantized weights, beside f32 and bf16 ones, by rows of
+//! activations: GFLOP/s, and GB/s of weights as they are stored. The weights are
+//! copies beyond the caches, as a model's layers are.
+//! `cargo bench --bench quant [-- THREADS]`; one thread unless told otherwise.
+
+mod support;
+
+use std::time::Instant;
+
+use farm::kernels::gemm::{self, Matrix};
+use farm::kernels::quant::{self, QuantMatrix, QuantType};
+use half::bf16;
+
+const IN: usize = 2048;
+const OUT: usize = 5632;
+const MS: [usize; 4] = [1, 8, 32, 512];
+/// Bytes of weights that a pass goes through before it meets a matrix again.
+const WEIGHT_BYTES: usize = 192 << 20;
+
+fn main() {
+    let threads = std::env::args().find_map(|arg| arg.parse().ok()).unwrap_or(1);
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().unwrap();
+    println!(
+        "[m, {IN}] x [{IN}, {OUT}], {threads} threads, {}; limits: {:.1} GB/s, {:.0} GFLOP/s",
+        farm::kernels::tier().name(),
+        support::memory_bytes_per_second(threads) / 1e9,
+        support::fma_flops(threads) / 1e9,
+    );
+    print!("GFLOP/s (GB/s)");
+    MS.iter().for_each(|m| print!(" {:>14}", format!("m={m}")));
+    println!();
+    let values = |copies: usize| (0..copies * IN * OUT).map(|i| (i % 251) as f32 / 251.0 - 0.5);
+    let copies = WEIGHT_BYTES / (IN * OUT * 4);
+    let f32s: Vec<f32> = values(copies).collect();
+    row("f32", &f32s, IN * OUT, |x, m, data, out| {
+        gemm::linear(x, m, Matrix { data, rows: OUT, cols: IN, stride: IN }, None, out);
+    });
+    let bf16s: Vec<bf16> = values(2 * copies).map(bf16::from_f32).collect();
+    row("bf16", &bf16s, IN * OUT, |x, m, data, out| {
+        gemm::linear(x, m, Matrix { data, rows: OUT, cols: IN, stride: IN }, None, out);
+    });
+    for quant in QuantType::ALL {
+        let matrix = OUT * quant.row_bytes(IN);
+        // Any bytes will do, but for scales that f16 cannot hold.
+        let bytes: Vec<u8> = (0..WEIGHT_BYTES / matrix * matrix)
+            .map(|i| ((i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8 & 0xbb)
+            .collect();
+        row(quant.name(), &bytes, matrix, |x, m, data, out| {
+            let stride = quant.row_bytes(IN);
+            let w = QuantMatrix { data, quant, rows: OUT, cols: IN, skip: 0, stride };
+            quant::linear(x, m, w, None, out);
+        });
+    }
+}
+
+/// The rates for each m; `weights` are copies of a matrix of `len` elements.
+fn row<T>(
+    name: &str,
+    weights: &[T],
+    len: usize,
+    product: impl Fn(&[f32], usize, &[T], &mut [f32]),
+) {
+    print!("{name:>14}");
+    for m in MS {
+        let x: Vec<f32> = (0..m * IN).map(|i| (i % 113) as f32 / 113.0 - 0.5).collect();
+        let mut out = vec![0.0; m * OUT];
+        let rounds = (64 / m).max(1);
+        let mut copies = weights.chunks_exact(len).cycle();
+        let best = (0..5).map(|_| {
+            let start = Instant::now();
+            copies.by_ref().take(rounds).for_each(|data| product(&x, m, data, &mut out));
+            start.elapsed().as_secs_f64() / rounds as f64
+        });
+        let seconds = best.fold(f64::MAX, f64::min);
+        let flops = 2.0 * (m * IN * OUT) as f64 / seconds / 1e9;
+        let bytes = (len * size_of::<T>()) as f64 / seconds / 1e9;
+        print!(" {:>14}", format!("{flops:.1} ({bytes:.1})"));
+    }
+    println!();
+}
