@@ -13,8 +13,8 @@ use super::rope::RotaryEmbedding;
 use super::source::WeightSource;
 use crate::Result;
 use crate::comm::TensorComm;
-use crate::kernels::attention::{self, Heads, Rows};
-use crate::kernels::ops::rotate_half;
+use crate::kernels::attention::{self, Heads, Rows, Rule};
+use crate::kernels::ops::{Activation, rotate};
 
 /// A Llama model, or a tensor-parallel rank's share of one.
 pub struct Llama {
@@ -168,7 +168,7 @@ impl<'a> Step<'a> {
         let rotations = self.rotations.chunks_exact(head_dim);
         for (row, rotation) in x.chunks_exact_mut(row_width).zip(rotations) {
             let (cos, sin) = rotation.split_at(head_dim / 2);
-            rotate_half(row, head_dim, cos, sin);
+            rotate(row, head_dim, head_dim, false, cos, sin);
         }
     }
 }
@@ -269,7 +269,15 @@ impl Attention {
             attention::write_kv(h, *rows, &k, &v, &mut cache.keys, &mut cache.values);
         }
         let mut out = vec![0.0; q.len()];
-        attention::paged_attention(h, &q, &cache.keys, &cache.values, &step.rows, &mut out);
+        attention::paged_attention(
+            h,
+            Rule::default(),
+            &q,
+            &cache.keys,
+            &cache.values,
+            &step.rows,
+            &mut out,
+        );
         self.o_proj.forward(&ops::from_values(out, h.heads * h.head_dim)?)
     }
 }
@@ -300,6 +308,6 @@ impl Mlp {
         let gate = self.gate_proj.forward(x)?;
         let up = self.up_proj.forward(x)?;
         let cols = gate.len() / x.dim(0)?.max(1);
-        self.down_proj.forward(&ops::silu_mul(&gate, &up, cols)?)
+        self.down_proj.forward(&ops::gated(Activation::Silu, &gate, &up, cols)?)
     }
 }

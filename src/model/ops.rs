@@ -7,7 +7,7 @@
 use candle_core::{CpuStorage, Device, Storage, Tensor};
 
 use super::weights::Weight;
-use crate::kernels::ops as kernel;
+use crate::kernels::ops::{self as kernel, Activation};
 use crate::{Error, Result};
 
 /// Runs `f` over the values of a contiguous f32 tensor on the CPU.
@@ -40,6 +40,13 @@ pub fn rms_norm(x: &Tensor, weight: &[f32], eps: f32) -> Result<Tensor> {
     from_values(out, weight.len())
 }
 
+/// Layer norm of each row.
+pub fn layer_norm(x: &Tensor, weight: &[f32], bias: Option<&[f32]>, eps: f32) -> Result<Tensor> {
+    let mut out = vec![0.0; x.elem_count()];
+    with_values(x, |x| kernel::layer_norm(x, weight, bias, eps, &mut out))?;
+    from_values(out, weight.len())
+}
+
 /// `x + y`, into `y`'s values.
 pub fn residual(x: &Tensor, mut y: Vec<f32>) -> Result<Tensor> {
     let cols = x.dim(1)?;
@@ -47,11 +54,24 @@ pub fn residual(x: &Tensor, mut y: Vec<f32>) -> Result<Tensor> {
     from_values(y, cols)
 }
 
-/// `silu(gate) * up`, `cols` features a row.
-pub fn silu_mul(gate: &[f32], up: &[f32], cols: usize) -> Result<Tensor> {
+/// `act(gate) * up`, `cols` features a row.
+pub fn gated(act: Activation, gate: &[f32], up: &[f32], cols: usize) -> Result<Tensor> {
     let mut out = vec![0.0; gate.len()];
-    kernel::silu_mul(gate, up, &mut out);
+    kernel::gated(act, gate, up, &mut out);
     from_values(out, cols)
+}
+
+/// `act(x)` of these values, `cols` features a row.
+pub fn activate(act: Activation, mut x: Vec<f32>, cols: usize) -> Result<Tensor> {
+    kernel::activate(act, &mut x);
+    from_values(x, cols)
+}
+
+/// `factor * x` (embedding, residual and logit multipliers).
+pub fn scale(x: &Tensor, factor: f32) -> Result<Tensor> {
+    let mut out = with_values(x, <[f32]>::to_vec)?;
+    kernel::scale(&mut out, factor);
+    from_values(out, x.dim(1)?)
 }
 
 /// The rows `rows` of `x`, in that order.
