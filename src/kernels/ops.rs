@@ -125,8 +125,6 @@ pub enum Activation {
     Gelu,
     /// Its approximation by tanh: "gelu_new", "gelu_pytorch_tanh", "gelu_fast".
     GeluTanh,
-    /// `max(x, 0)`: "relu".
-    Relu,
 }
 
 impl Activation {
@@ -144,7 +142,6 @@ impl Activation {
                     let u = S::fma(S::splat(0.044_715), cube, x);
                     times_logistic::<S>(x, S::mul(S::splat(TWO_SQRT_2_OVER_PI), u))
                 }
-                Activation::Relu => S::max(S::splat(0.0), x),
             }
         }
     }
@@ -179,7 +176,7 @@ unsafe fn gelu<S: Simd>(x: S::V) -> S::V {
     }
 }
 
-/// `tanh(x)`, about 2 ulp: near zero a polynomial (Cephes' tanhf), and what is beyond
+/// `tanh(x)` to a relative 4e-7: near zero a polynomial (Cephes' tanhf), and what is beyond
 /// 0.625 by the theorem of addition, with `tanh(y) = 1 - 2 / (e^2y + 1)`. NaN stays NaN.
 ///
 /// # Safety
@@ -200,6 +197,42 @@ pub(super) unsafe fn tanh<S: Simd>(x: S::V) -> S::V {
         let e = S::add(simd::exp::<S>(S::add(far, far)), S::splat(1.0));
         let b = S::sub(S::splat(1.0), S::div(S::splat(2.0), e));
         S::div(S::add(a, b), S::fma(a, b, S::splat(1.0)))
+    }
+}
+
+/// Softmax of each row of `width` values, in place.
+pub fn softmax(x: &mut [f32], width: usize) {
+    softmax_in_tier(tier(), x, width);
+}
+
+fn softmax_in_tier(tier: Tier, x: &mut [f32], width: usize) {
+    assert!(width > 0 && x.len().is_multiple_of(width));
+    for row in x.chunks_exact_mut(width) {
+        dispatch!(tier, softmax_row, row: &mut [f32]);
+    }
+}
+
+#[inline(always)]
+unsafe fn softmax_row<S: Simd>(row: &mut [f32]) {
+    // SAFETY: whole vectors; a tail goes through a padded array.
+    unsafe {
+        let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let (vectors, tail) = row.as_chunks_mut::<LANES>();
+        let mut sum = S::splat(0.0);
+        for v in vectors {
+            let e = simd::exp::<S>(S::sub(S::load(v.as_ptr()), S::splat(top)));
+            S::store(v.as_mut_ptr(), e);
+            sum = S::add(sum, e);
+        }
+        if !tail.is_empty() {
+            let mut v = padded(tail);
+            S::store(v.as_mut_ptr(), simd::exp::<S>(S::sub(S::load(v.as_ptr()), S::splat(top))));
+            v[tail.len()..].fill(0.0);
+            tail.copy_from_slice(&v[..tail.len()]);
+            sum = S::add(sum, S::load(v.as_ptr()));
+        }
+        let sum = S::sum(sum);
+        row.iter_mut().for_each(|x| *x /= sum);
     }
 }
 
@@ -430,7 +463,7 @@ mod tests {
 
     /// erf in f64 by its Taylor series, or by what is left of 1 (A&S 7.1.5, 7.1.23).
     fn erf(x: f64) -> f64 {
-        if x.abs() > 6.0 {
+        if x.abs() > 5.0 {
             return x.signum();
         }
         let (mut term, mut sum) = (x, x);
@@ -449,7 +482,6 @@ mod tests {
                 let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
                 0.5 * x * (1.0 + u.tanh())
             }
-            Activation::Relu => x.max(0.0),
         }
     }
 
@@ -458,7 +490,7 @@ mod tests {
         let mut x: Vec<f32> = random(100, 3).iter().map(|v| v * 120.0).collect();
         x.extend((-700..=700).map(|i| i as f32 / 100.0));
         let up = random(x.len(), 4);
-        for act in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+        for act in [Activation::Silu, Activation::Gelu, Activation::GeluTanh] {
             let mut first: Option<Vec<f32>> = None;
             for tier in tiers() {
                 let (mut a, mut b) = (x.clone(), vec![0.0; x.len()]);
@@ -491,6 +523,25 @@ mod tests {
                 Scalar::store(e.as_mut_ptr(), simd::exp::<Scalar>(g));
             }
             assert_eq!(out[i].to_bits(), (gate[i] / (1.0 + e[0]) * up[i]).to_bits());
+        }
+    }
+
+    #[test]
+    fn softmax_is_the_formula_on_every_tier() {
+        for width in [1, 8, 16, 37, 128] {
+            let x: Vec<f32> = random(3 * width, 9).iter().map(|v| v * 20.0).collect();
+            let mut first: Option<Vec<f32>> = None;
+            for tier in tiers() {
+                let mut out = x.clone();
+                softmax_in_tier(tier, &mut out, width);
+                for (x, out) in x.chunks(width).zip(out.chunks(width)) {
+                    let total: f64 = x.iter().map(|x| f64::from(*x).exp()).sum();
+                    for (x, out) in x.iter().zip(out) {
+                        assert!((f64::from(*out) - f64::from(*x).exp() / total).abs() < 1e-6);
+                    }
+                }
+                assert_eq!(&out, first.get_or_insert(out.clone()), "{tier:?}");
+            }
         }
     }
 
