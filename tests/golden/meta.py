@@ -4,7 +4,8 @@
     python tests/golden/meta.py
 
 The committed output was made with Python 3.11, torch 2.15.0 and safetensors 0.8.0 (after
-generate.py); no number is computed, so another version gives the same weights.
+generate.py); no number is computed, so another version gives the same weights. torch_files/legacy.pth
+holds addresses and differs each time.
 
     meta_mp1, 2, 4, 8   consolidated.00.pth ... and params.json, as for 1, 2, 4 and 8 ranks
     llama_bin           pytorch_model.bin in two shards with an index, and config.json

@@ -1,7 +1,7 @@
 //! torch.save's files (`.bin`, `.pth`): a zip file whose `data.pkl` names the tensors and
 //! whose other records are their values, as they lie in memory.
 //!
-//! Nothing in a file is executed: see [`pickle`] for what is understood. Left out: the form
+//! Nothing in a file is executed: see `pickle.rs` for what is understood. Left out: the form
 //! that torch wrote before version 1.6, TorchScript programs, tensors that are not contiguous.
 
 mod pickle;

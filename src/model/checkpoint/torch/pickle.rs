@@ -14,8 +14,9 @@ use std::ops::Range;
 
 use crate::{Error, Result};
 
-/// Opcodes of a pickle: some 40 a tensor, so 100,000 tensors.
-const MAX_OPS: usize = 1 << 22;
+/// Opcodes of a pickle. torch writes some 40 a tensor, so these are 50,000 tensors in a file;
+/// what one opcode makes takes less than 200 bytes.
+const MAX_OPS: usize = 1 << 21;
 /// Containers in containers.
 const MAX_DEPTH: u32 = 100;
 /// Dimensions of a tensor; bounds what a shape shared by many tensors can cost.
