@@ -1,19 +1,20 @@
 //! The linear kernel over quantized weights, beside f32 and bf16 ones, by rows of
 //! activations: GFLOP/s, and GB/s of weights as they are stored. The weights are
-//! copies beyond the caches, as a model's layers are.
-//! `cargo bench --bench quant [-- THREADS]`; one thread unless told otherwise.
+//! copies beyond the caches, as a model's layers are. Rates are over CPU time, so that
+//! other tenants of the machine disturb them less.
+//! `cargo bench --bench quant [-- THREADS TYPE…]`; one thread and all types unless told
+//! otherwise.
 
 mod support;
-
-use std::time::Instant;
 
 use farm::kernels::gemm::{self, Matrix};
 use farm::kernels::quant::{self, QuantMatrix, QuantType};
 use half::bf16;
+use rustix::time::{ClockId, clock_gettime};
 
 const IN: usize = 2048;
 const OUT: usize = 5632;
-const MS: [usize; 4] = [1, 8, 32, 512];
+const MS: [usize; 5] = [1, 4, 8, 32, 512];
 /// Bytes of weights that a pass goes through before it meets a matrix again.
 const WEIGHT_BYTES: usize = 192 << 20;
 
@@ -60,6 +61,11 @@ fn row<T>(
     len: usize,
     product: impl Fn(&[f32], usize, &[T], &mut [f32]),
 ) {
+    let chosen = || std::env::args().skip(1).filter(|arg| !arg.starts_with('-'));
+    let mut types = chosen().filter(|arg| arg.parse::<usize>().is_err()).peekable();
+    if types.peek().is_some() && types.all(|arg| arg != name) {
+        return;
+    }
     print!("{name:>14}");
     for m in MS {
         let x: Vec<f32> = (0..m * IN).map(|i| (i % 113) as f32 / 113.0 - 0.5).collect();
@@ -67,9 +73,9 @@ fn row<T>(
         let rounds = (64 / m).max(1);
         let mut copies = weights.chunks_exact(len).cycle();
         let best = (0..5).map(|_| {
-            let start = Instant::now();
+            let start = cpu_seconds();
             copies.by_ref().take(rounds).for_each(|data| product(&x, m, data, &mut out));
-            start.elapsed().as_secs_f64() / rounds as f64
+            (cpu_seconds() - start) / (rounds * rayon::current_num_threads()) as f64
         });
         let seconds = best.fold(f64::MAX, f64::min);
         let flops = 2.0 * (m * IN * OUT) as f64 / seconds / 1e9;
@@ -77,4 +83,9 @@ fn row<T>(
         print!(" {:>14}", format!("{flops:.1} ({bytes:.1})"));
     }
     println!();
+}
+
+fn cpu_seconds() -> f64 {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }

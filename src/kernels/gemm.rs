@@ -234,7 +234,10 @@ unsafe fn tile<S: Simd, E: Element, const M: usize, const N: usize>(
         let ahead = if M == 1 { 3 * N } else { N };
         let mut k = 0;
         while k < whole {
-            let xs: [S::V; M] = std::array::from_fn(|i| S::load(x.add(i * p.cols + k)));
+            let mut xs = [S::splat(0.0); M];
+            for m in 0..M {
+                xs[m] = S::load(x.add(m * p.cols + k));
+            }
             for n in 0..N {
                 if first {
                     S::prefetch(w.wrapping_add((n + ahead) * p.stride + k));

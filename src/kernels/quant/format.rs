@@ -85,8 +85,14 @@ fn nibbles(bytes: &[u8; 16], q: &mut [i8; MAX_LEN]) {
 /// Sets bit 4 of value i where bit i of `high` is set.
 #[inline(always)]
 fn fifth_bits(high: [u8; 4], q: &mut [i8; MAX_LEN]) {
-    for l in 0..32 {
-        q[l] |= ((high[l / 8] >> (l % 8) & 1) << 4) as i8;
+    for j in 0..4 {
+        // Bit l of the byte, alone in byte l; then any bit of a byte moved to its bit 4.
+        let spread = (u64::from(high[j]) * 0x0101_0101_0101_0101) & 0x8040_2010_0804_0201;
+        let fifth = ((spread + 0x7f7f_7f7f_7f7f_7f7f) & 0x8080_8080_8080_8080) >> 3;
+        let fifth = fifth.to_le_bytes();
+        for l in 0..8 {
+            q[j * 8 + l] |= fifth[l] as i8;
+        }
     }
 }
 
@@ -152,8 +158,8 @@ impl Format for Q5_0 {
         to.scale[0] = unsafe { half::<S>(block, 0) };
         nibbles(part(block, 6), &mut to.q);
         fifth_bits(*part(block, 2), &mut to.q);
-        for q in &mut to.q[..32] {
-            *q -= 16;
+        for l in 0..32 {
+            to.q[l] -= 16;
         }
     }
 }
@@ -245,11 +251,17 @@ impl Format for Q3_K {
     unsafe fn unpack<S: Simd>(block: &Self::Block, to: &mut Unpacked) {
         // SAFETY: the caller's.
         let d = unsafe { half::<S>(block, 108) };
-        let packed: &[u8; 12] = part(block, 96);
-        for g in 0..16 {
-            let low = packed[g % 8] >> (4 * (g / 8)) & 15;
-            let high = packed[8 + g % 4] >> (2 * (g / 4)) & 3;
-            to.scale[g] = d * f32::from((low | high << 4) as i8 - 32);
+        // Scale g: its low nibble in byte g % 8, its high bits in byte 8 + g % 4.
+        let a = u32::from_le_bytes(*part(block, 96));
+        let b = u32::from_le_bytes(*part(block, 100));
+        let high = u32::from_le_bytes(*part(block, 104));
+        let low = [a, b, a >> 4, b >> 4];
+        for j in 0..4 {
+            let scales = low[j] & 0x0f0f_0f0f | (high >> (2 * j) & 0x0303_0303) << 4;
+            let scales = scales.to_le_bytes();
+            for l in 0..4 {
+                to.scale[4 * j + l] = d * f32::from(scales[l] as i8 - 32);
+            }
         }
         two_bits(part(block, 32), &mut to.q);
         let third: &[u8; 32] = part(block, 0);

@@ -6,7 +6,6 @@
 
 #![allow(clippy::needless_range_loop, reason = "tiles are indexed in two dimensions at once")]
 
-use std::array::from_fn;
 use std::cell::RefCell;
 use std::marker::PhantomData;
 
@@ -106,7 +105,8 @@ struct Quantized {
     blocks: usize,
 }
 
-/// Values of 16 neighbours that share a group.
+/// What the values of a group share.
+#[derive(Clone, Copy)]
 struct Group<S: Simd> {
     /// The products of the 16 codes, or the scale.
     table: S::V,
@@ -218,7 +218,8 @@ pub(super) unsafe fn dequantize<F: Format>(
 /// Dequantizes rows into this thread's buffer and multiplies them there.
 unsafe fn run_buffered<F: Format>(tier: Tier, w: &Quantized) {
     let p = &w.panel;
-    let stride = w.blocks * F::LEN;
+    // Rows a power of two apart would fall into the same few sets of the cache.
+    let stride = w.blocks * F::LEN + LANES;
     // While all activations stay near, so may a tile's weights.
     let near = p.m * p.cols * size_of::<f32>() <= ACTIVATION_BYTES;
     let step = if near { TILE_ROWS } else { p.rows };
@@ -309,41 +310,48 @@ unsafe fn tile<S: Simd, F: Format, const M: usize, const N: usize>(
         let mut acc = [[S::splat(0.0); N]; M];
         let end = w.skip + p.cols;
         for b in 0..w.blocks {
-            for (n, unpacked) in unpacked.iter_mut().enumerate() {
+            for n in 0..N {
                 let block = rows.add(n * p.stride + b * size_of::<F::Block>());
                 // The next rows, as gemm does.
                 for line in (0..size_of::<F::Block>()).step_by(64) {
                     S::prefetch(block.wrapping_add(AHEAD * N * p.stride + line));
                 }
-                F::unpack::<S>(&*block.cast::<F::Block>(), unpacked);
+                F::unpack::<S>(&*block.cast::<F::Block>(), &mut unpacked[n]);
             }
             let from = if b == 0 { w.skip } else { 0 };
             let to = F::LEN.min(end - b * F::LEN);
             let x = x.wrapping_add(b * F::LEN).wrapping_sub(w.skip);
             if from == 0 && to == F::LEN {
                 for v in (0..F::LEN / LANES).step_by(F::GROUP / LANES) {
-                    let groups: [_; N] = from_fn(|n| group::<S, F>(&unpacked[n], v));
+                    let mut groups = [group::<S, F>(&unpacked[0], v); N];
+                    for n in 1..N {
+                        groups[n] = group::<S, F>(&unpacked[n], v);
+                    }
                     for v in v..v + F::GROUP / LANES {
-                        let xs = from_fn(|m| S::load(x.add(m * p.cols + v * LANES)));
-                        let ws = |n: usize| values::<S, F>(&groups[n], &unpacked[n], v);
-                        multiply::<S, M, N>(&mut acc, xs, ws);
+                        let xs = load_rows::<S, M>(x.add(v * LANES), p.cols);
+                        for n in 0..N {
+                            let w = values::<S, F>(&groups[n], &unpacked[n], v);
+                            for m in 0..M {
+                                acc[m][n] = S::fma(xs[m], w, acc[m][n]);
+                            }
+                        }
                     }
                 }
-                continue;
-            }
-            for v in from / LANES..to.div_ceil(LANES) {
-                let x = x.wrapping_add(v * LANES);
-                let left = LANES.min(to - v * LANES);
-                let xs = from_fn(|m| S::load(padded(x.wrapping_add(m * p.cols), left).as_ptr()));
-                let ws = |n: usize| {
-                    let mut w = [0.0; LANES];
-                    S::store(
-                        w.as_mut_ptr(),
-                        values::<S, F>(&group::<S, F>(&unpacked[n], v), &unpacked[n], v),
-                    );
-                    S::load(padded(w.as_ptr(), left).as_ptr())
-                };
-                multiply::<S, M, N>(&mut acc, xs, ws);
+            } else {
+                for v in from / LANES..to.div_ceil(LANES) {
+                    let left = LANES.min(to - v * LANES);
+                    let x = x.wrapping_add(v * LANES);
+                    for n in 0..N {
+                        let u = &unpacked[n];
+                        let mut w = [0.0; LANES];
+                        S::store(w.as_mut_ptr(), values::<S, F>(&group::<S, F>(u, v), u, v));
+                        let w = S::load(padded(w.as_ptr(), left).as_ptr());
+                        for m in 0..M {
+                            let x = padded(x.wrapping_add(m * p.cols), left);
+                            acc[m][n] = S::fma(S::load(x.as_ptr()), w, acc[m][n]);
+                        }
+                    }
+                }
             }
         }
         for m in 0..M {
@@ -355,18 +363,16 @@ unsafe fn tile<S: Simd, F: Format, const M: usize, const N: usize>(
     }
 }
 
-/// Adds 16 columns to the running sums.
+/// 16 columns of `M` rows.
 #[inline(always)]
-unsafe fn multiply<S: Simd, const M: usize, const N: usize>(
-    acc: &mut [[S::V; N]; M],
-    xs: [S::V; M],
-    ws: impl Fn(usize) -> S::V,
-) {
-    for n in 0..N {
-        let w = ws(n);
+unsafe fn load_rows<S: Simd, const M: usize>(x: *const f32, stride: usize) -> [S::V; M] {
+    // SAFETY: the rows are the caller's. (A closure might not be compiled with the
+    // tier's instructions.)
+    unsafe {
+        let mut xs = [S::splat(0.0); M];
         for m in 0..M {
-            // SAFETY: the features are the caller's.
-            acc[m][n] = unsafe { S::fma(xs[m], w, acc[m][n]) };
+            xs[m] = S::load(x.add(m * stride));
         }
+        xs
     }
 }
