@@ -252,7 +252,8 @@ CASES = {
         notes="Soft-capping of scores only; rope_parameters and layer_types.")),
     "gemma3": (dict(GEMMA3, sliding_window_pattern=3, rope_theta=1000000.0, rope_local_base_freq=10000.0,
                     rope_scaling={"rope_type": "linear", "factor": 8.0}), dict(
-        family="gemma3_text", **GEMMA_LOUD, drop=["layer_types", "tie_word_embeddings"], dtype="bfloat16",
+        family="gemma3_text", **GEMMA_LOUD, dtype="bfloat16",
+        drop=["layer_types", "tie_word_embeddings", "_sliding_window_pattern"],
         notes="Norms over each head of q and k; layers 0 and 1 have a window of 16 and base 10000, layer 2 sees "
               "everything with base 1000000 and its positions divided by 8 (sliding_window_pattern = 3); classic "
               "spelling.")),
