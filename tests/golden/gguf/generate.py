@@ -89,8 +89,9 @@ CASES = {
     "mistral_nemo": (dict(KIN, head_dim=24, sliding_window=None, rope_theta=1000000.0),
                      dict(family="mistral", dtype="float16"), dict(
         pre="tekken", notes="head_dim is 24 where hidden_size / heads is 16.")),
-    "falcon_7b": (dict(FALCON, hidden_size=56, num_attention_heads=7),
-                  dict(family="falcon", drop=["num_kv_heads"], dtype="float16"), dict(
+    # The converter asks for num_kv_heads, which transformers would otherwise put at the number of heads.
+    "falcon_7b": (dict(FALCON, hidden_size=56, num_attention_heads=7, num_kv_heads=1),
+                  dict(family="falcon", dtype="float16"), dict(
         pre="falcon", notes="7 heads over 1 KV head, one LayerNorm, tied.")),
     "falcon_40b": (dict(FALCON, new_decoder_architecture=True, num_kv_heads=2, tie_word_embeddings=False),
                    dict(family="falcon", dtype="float16"), dict(
@@ -101,7 +102,8 @@ CASES = {
         pre="qwen2", notes="Norms over each head of q and k, head_dim 24, tied.")),
     "phi3": (dict(KIN, num_key_value_heads=4, sliding_window=512, vocab_size=SPM_VOCAB),
              dict(family="phi3", dtype="float16"), dict(
-        spm=True, notes="Fused q, k, v and gate, up. llama.cpp reads the window and does not use it.")),
+        # llama.cpp looks for Phi-3's own tokens in a model that is called so.
+        spm=True, title="small", notes="Fused q, k, v and gate, up. llama.cpp reads the window and does not use it.")),
     "phi4_mini": (dict(KIN, max_position_embeddings=1024, original_max_position_embeddings=256, sliding_window=None,
                        partial_rotary_factor=0.75, tie_word_embeddings=True, rope_scaling={
                            "rope_type": "longrope", "short_factor": families.SHORT_FACTOR[:6],
@@ -169,7 +171,8 @@ def convert(source, target, name, case, kind):
     from conversion.base import TextModel
     TextModel.get_vocab_base_pre = lambda self, tokenizer: case["pre"]
     split = ["--split-max-tensors", str(case["split"])] if "split" in case else []
-    argv, sys.argv = sys.argv, ["", str(source), "--outfile", str(target), "--outtype", kind, "--model-name", name, *split]
+    argv, sys.argv = sys.argv, ["", str(source), "--outfile", str(target), "--outtype", kind,
+                          "--model-name", case.get("title", name), *split]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # progress bars
             converter.main()
