@@ -408,11 +408,15 @@ def f32(values):
     return [float(np.format_float_positional(np.float32(v), unique=True, trim="0")) for v in values]
 
 
-def references(folder, tok, name):
+def load_model(folder, how):
     from transformers import AutoModelForCausalLM
-    _, how = CASES[name]
-    model = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=how.get("attention", "eager")).eval()
+
+
+def references(model, tok, name):
+    """What golden.json holds of the model's answers; None where a greedy path is too close to another."""
+    _, how = CASES[name]
     smallest, prompts, gaps = math.inf, [], watch_routing(model)
     for i, text in enumerate(PROMPTS):
         ids = tok(text)["input_ids"]
@@ -471,7 +475,7 @@ def make_case(name):
     tok = write_tokenizer(folder)
     for seed in range(1, 200):
         write_model(folder, name, seed)
-        golden = references(folder, tok, name)
+        golden = references(load_model(folder, CASES[name][1]), tok, name)
         if golden:
             write_golden(folder / "golden.json", {"case": name, "seed": seed, **golden})
             size = sum(f.stat().st_size for f in folder.iterdir())

@@ -47,14 +47,15 @@ NEW_TOKENS = 16
 COSINE = 0.9995
 
 
-def load_families():
-    spec = importlib.util.spec_from_file_location("families", HERE.parent / "generate.py")
+def load_script(name):
+    """A script of the folder above, under a name that is not this one's."""
+    spec = importlib.util.spec_from_file_location(f"golden_{name}", HERE.parent / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-families = load_families()
+families = load_script("generate")
 COMMON, KIN, FALCON, GEMMA2, LOUD, GEMMA_LOUD = (
     getattr(families, n) for n in "COMMON KIN FALCON GEMMA2 LOUD GEMMA_LOUD".split())
 PROMPTS = families.PROMPTS
@@ -95,8 +96,9 @@ CASES = {
         pre="falcon", notes="7 heads over 1 KV head, one LayerNorm, tied.")),
     "falcon_40b": (dict(FALCON, new_decoder_architecture=True, num_kv_heads=2, tie_word_embeddings=False),
                    dict(family="falcon", dtype="float16"), dict(
-        pre="falcon", notes="8 heads over 2 KV heads, attn_norm before the MLP and attn_norm_2 before attention, untied. "
-                            "The converter puts all q before all k before all v.")),
+        pre="falcon",
+        notes="8 heads over 2 KV heads, attn_norm before the MLP and attn_norm_2 before attention, untied. The converter "
+              "puts all q before all k before all v.")),
     "qwen2": (KIN, dict(family="qwen2", dtype="float16"), dict(pre="qwen2", notes="Biases on q, k and v.")),
     "qwen3": (dict(KIN, head_dim=24, tie_word_embeddings=True), dict(family="qwen3", **LOUD, dtype="float16"), dict(
         pre="qwen2", notes="Norms over each head of q and k, head_dim 24, tied.")),
@@ -312,9 +314,6 @@ def make_files(folder, name, case, tools):
 def make_case(name, tools):
     config, how, case = CASES[name]
     families.CASES[name] = (config, {"notes": "", **how})
-    for old in [*HERE.glob(f"{name}.*"), *HERE.glob(f"{name}-0*"), *HERE.glob(f"{name}_f*"), *HERE.glob(f"{name}_[bqQ]*")]:
-        if CASES.keys().isdisjoint([old.stem]) or old.stem == name:
-            old.unlink()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / name
         folder.mkdir()
@@ -342,6 +341,45 @@ def make_case(name, tools):
                   f"{sum(f.stat().st_size for f in files) / 1024:.0f} KB", flush=True)
 
 
+# --------------------------------------------------------------------------------------------------
+# A LoRA adapter
+# --------------------------------------------------------------------------------------------------
+
+ADAPTER = dict(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "down_proj"])
+
+
+def make_adapter(tools):
+    """llama_lora.gguf, an adapter for llama_f32.gguf (the case before it) made by convert_lora_to_gguf.py."""
+    base, (config, how, case) = HERE / "llama_f32.gguf", CASES["llama"]
+    sys.modules["generate"] = families
+    adapters = load_script("adapters")
+    families.CASES["llama"] = (config, {"notes": "", **how})
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, tuned = Path(scratch) / "llama", Path(scratch) / "adapter"
+        folder.mkdir()
+        write_tokenizer(folder, "llama", case)
+        families.write_model(folder, "llama", json.loads(base.with_suffix(".json").read_text())["seed"])
+        for seed in range(1, 400):
+            peft = adapters.adapt(load_model(folder), ADAPTER, seed, torch.float16)
+            adapters.save(peft, tuned, torch.float32)
+            path = Path(scratch) / "llama_lora.gguf"
+            subprocess.run([sys.executable, Path(os.environ["LLAMA_CPP"]) / "convert_lora_to_gguf.py", tuned, "--base",
+                            folder, "--outfile", path, "--outtype", "f16"], check=True, capture_output=True)
+            prompts = tools.run(base, WHOLE, path)
+            result = agreement(peft.get_base_model(), prompts, True)
+            if result and result >= COSINE and min(p["min_margin"] for p in prompts) >= 0.03:
+                break
+        else:
+            raise SystemExit("llama_lora: no seed will do")
+        shutil.copyfile(path, HERE / path.name)
+        families.write_golden(HERE / "llama_lora.json", {
+            "case": "llama_lora", "base": base.name, "files": [path.name], "seed": seed,
+            "notes": "A LoRA adapter for q, k, v and ffn_down, scaled by alpha / r = 2, run on the base file named here.",
+            "hf_cosine": float(f"{result:.7f}"), "prompts": prompts})
+        print(f"llama_lora: seed {seed}, margin {min(p['min_margin'] for p in prompts)}, cosine {result:.7f}, "
+              f"{path.stat().st_size / 1024:.0f} KB", flush=True)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("cases", nargs="*", help="names of cases; all by default")
@@ -353,8 +391,8 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         tools = Tools(source, build, Path(scratch))
-        for name in args.cases or CASES:
-            make_case(name, tools)
+        for name in args.cases or [*CASES, "llama_lora"]:
+            make_adapter(tools) if name == "llama_lora" else make_case(name, tools)
 
 
 if __name__ == "__main__":
