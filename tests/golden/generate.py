@@ -252,7 +252,8 @@ CASES = {
         notes="Soft-capping of scores only; rope_parameters and layer_types.")),
     "gemma3": (dict(GEMMA3, sliding_window_pattern=3, rope_theta=1000000.0, rope_local_base_freq=10000.0,
                     rope_scaling={"rope_type": "linear", "factor": 8.0}), dict(
-        family="gemma3_text", **GEMMA_LOUD, drop=["layer_types", "tie_word_embeddings"], dtype="bfloat16",
+        family="gemma3_text", **GEMMA_LOUD, dtype="bfloat16",
+        drop=["layer_types", "tie_word_embeddings", "_sliding_window_pattern"],
         notes="Norms over each head of q and k; layers 0 and 1 have a window of 16 and base 10000, layer 2 sees "
               "everything with base 1000000 and its positions divided by 8 (sliding_window_pattern = 3); classic "
               "spelling.")),
@@ -407,11 +408,15 @@ def f32(values):
     return [float(np.format_float_positional(np.float32(v), unique=True, trim="0")) for v in values]
 
 
-def references(folder, tok, name):
+def load_model(folder, how):
     from transformers import AutoModelForCausalLM
-    _, how = CASES[name]
-    model = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=how.get("attention", "eager")).eval()
+
+
+def references(model, tok, name):
+    """What golden.json holds of the model's answers; None where a greedy path is too close to another."""
+    _, how = CASES[name]
     smallest, prompts, gaps = math.inf, [], watch_routing(model)
     for i, text in enumerate(PROMPTS):
         ids = tok(text)["input_ids"]
@@ -470,7 +475,7 @@ def make_case(name):
     tok = write_tokenizer(folder)
     for seed in range(1, 200):
         write_model(folder, name, seed)
-        golden = references(folder, tok, name)
+        golden = references(load_model(folder, CASES[name][1]), tok, name)
         if golden:
             write_golden(folder / "golden.json", {"case": name, "seed": seed, **golden})
             size = sum(f.stat().st_size for f in folder.iterdir())
