@@ -14,7 +14,7 @@
 //! | llama (also Mistral, Mixtral) | attn_norm, ffn_norm | attn_q, attn_k, attn_v, attn_output; biases on all four or none | ffn_gate, ffn_up, ffn_down; biases on all three or none |
 //! | … with experts (Mixtral) | the same | the same | ffn_gate_inp, ffn_gate_exps, ffn_up_exps, ffn_down_exps |
 //! | qwen2 | attn_norm, ffn_norm | attn_q, attn_k, attn_v with biases; attn_output without | ffn_gate, ffn_up, ffn_down |
-//! | qwen2moe | the same | the same | as Mixtral, plus ffn_gate_inp_shexp (a vector), ffn_gate_shexp, ffn_up_shexp, ffn_down_shexp |
+//! | qwen2moe | the same | the same | as Mixtral, plus ffn_gate_inp_shexp ([1, hidden] or [hidden]), ffn_gate_shexp, ffn_up_shexp, ffn_down_shexp |
 //! | qwen3 | attn_norm, ffn_norm, attn_q_norm, attn_k_norm (of a head) | attn_q, attn_k, attn_v, attn_output | ffn_gate, ffn_up, ffn_down |
 //! | qwen3moe | as qwen3 | as qwen3 | as Mixtral |
 //! | phi3 | attn_norm, ffn_norm | attn_qkv (rows of q, then k, then v), attn_output | ffn_up (rows of gate, then up), ffn_down |
@@ -686,9 +686,8 @@ fn gemma(file: &File, sizes: &Sizes, config: &mut Config) -> Result<()> {
     let second = file.arch == "gemma2";
     let model_type = if second { "gemma2" } else { "gemma3_text" };
     set(config, "model_type", model_type);
-    for key in ["hidden_act", "hidden_activation"] {
-        set(config, key, "gelu_pytorch_tanh");
-    }
+    config.shift_remove("hidden_act"); // Gemma's name is another
+    set(config, "hidden_activation", "gelu_pytorch_tanh");
     set(config, "attention_bias", false);
     let scalar = match (second, sizes.layers) {
         (true, 46) | (false, 62) => sizes.hidden / sizes.heads,

@@ -289,7 +289,7 @@ fn gemma2() {
     let alternating = ["sliding_attention", "full_attention"].repeat(3);
     gemma2.gives(json!({
         "model_type": "gemma2",
-        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_act": null,
         "hidden_activation": "gelu_pytorch_tanh",
         "head_dim": 32,
         "query_pre_attn_scalar": 32,

@@ -257,6 +257,23 @@ fn declared_sizes_beyond_the_file_fail_at_once() {
 }
 
 #[test]
+fn dense_files_take_a_small_multiple_of_memory() {
+    let bytes =
+        |n: usize| [&0u32.to_le_bytes()[..], &(n as u64).to_le_bytes(), &vec![1; n]].concat();
+    let (mut pairs, mut tensors) = (GgufBuilder::default(), GgufBuilder::default());
+    for i in 0..20_000 {
+        pairs = pairs.raw(&format!("{i:x}"), 0, vec![1]);
+        tensors = tensors.tensor(&format!("{i:x}"), 31, &[1], Vec::new());
+    }
+    let texts = GgufBuilder::default().strings("k", &[""; 20_000]);
+    for file in [pairs, tensors, texts, GgufBuilder::default().raw("k", 9, bytes(100_000))] {
+        let file = file.build();
+        assert!(read(&file).is_ok());
+        check_any(&file);
+    }
+}
+
+#[test]
 fn every_truncation_is_refused() {
     let bytes = sample().build();
     // Only padding follows the last tensor.
