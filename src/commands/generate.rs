@@ -293,10 +293,10 @@ fn pin_kernels(tier: cli::KernelTier) -> Result<()> {
 
 fn model_cost(runner: &ModelRunner) -> ModelCost {
     let (config, heads) = (runner.config(), runner.heads());
-    let ranks = (config.num_attention_heads / heads.heads) as u64;
+    let ranks = runner.group_size() as u64;
     let lm_head = (config.hidden_size * config.vocab_size) as u64;
     ModelCost {
-        layer_params: (config.matrix_parameters() - lm_head) / ranks,
+        layer_params: (config.flops_per_token() / 2 - lm_head) / ranks,
         lm_head_params: lm_head / ranks,
         step_weight_bytes: runner.step_weight_bytes(),
         ..ModelCost::default()

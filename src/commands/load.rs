@@ -12,7 +12,7 @@ use crate::commands::plan::RunPlan;
 use crate::engine::{Mode, TokenDecoder};
 use crate::kernels::attention::BLOCK_SIZE;
 use crate::model::tokenizer::Tokenizer;
-use crate::model::{LoadOptions, ModelConfig, ModelRunner, Runner};
+use crate::model::{Checkpoint, LoadOptions, ModelConfig, ModelRunner, Runner};
 use crate::prompts::{ChatTemplate, Defaults, Preparer};
 use crate::slurm::memory_for_rank;
 use crate::stats::format;
@@ -44,16 +44,14 @@ pub fn load(
 ) -> Result<Loaded> {
     let world = &*topology.world;
     let dir: &Path = &staged.model_path;
-    let (config, tokenizer, template) = agree(world, read_small_files(dir, plan))?;
-    let num_blocks = agree(world, num_blocks(job, rank, topology, plan, &config, staged))?;
+    let (checkpoint, tokenizer, template) = agree(world, open(dir, plan))?;
+    let config = checkpoint.config();
+    let num_blocks = agree(world, num_blocks(job, rank, topology, plan, config, staged))?;
     let num_blocks = least(&*topology.tensor_parallel, num_blocks);
     let comm: Arc<dyn TensorComm> = Arc::new(HostTensorComm::new(topology.tensor_parallel.clone()));
     let options = LoadOptions { dtype: job.dtype(), max_seq_len: plan.max_seq_len, num_blocks };
-    let runner = agree(world, ModelRunner::load(dir, &config, &options, comm))?;
-    let mut eos_token_ids = tokenizer.eos_token_ids().to_vec();
-    eos_token_ids.extend(&config.eos_token_ids);
-    eos_token_ids.sort_unstable();
-    eos_token_ids.dedup();
+    let runner = agree(world, ModelRunner::load(&checkpoint, &options, comm))?;
+    let eos_token_ids = tokenizer.eos_token_ids().to_vec();
     let preparer = Preparer {
         tokenizer,
         template,
@@ -69,11 +67,15 @@ pub fn load(
     Ok(Loaded { runner, preparer, eos_token_ids })
 }
 
-type SmallFiles = (ModelConfig, Arc<Tokenizer>, Option<ChatTemplate>);
+type Opened = (Checkpoint, Arc<Tokenizer>, Option<ChatTemplate>);
 
-fn read_small_files(dir: &Path, plan: &RunPlan) -> Result<SmallFiles> {
+/// What can be wrong before any weight is read.
+fn open(model: &Path, plan: &RunPlan) -> Result<Opened> {
+    let checkpoint = Checkpoint::open(model)?;
+    let dir = &checkpoint.files().dir;
     let template = ChatTemplate::from_dir(dir, plan.started_unix_seconds)?;
-    Ok((ModelConfig::from_dir(dir)?, Arc::new(Tokenizer::from_dir(dir)?), template))
+    let tokenizer = Arc::new(Tokenizer::from_dir(dir)?);
+    Ok((checkpoint, tokenizer, template))
 }
 
 /// The least `count` of the group: its ranks keep the same blocks.
@@ -97,7 +99,7 @@ fn num_blocks(
     config: &ModelConfig,
     staged: &stage::Staged,
 ) -> Result<usize> {
-    let kv_heads = (config.num_key_value_heads / topology.tensor_parallel.size()).max(1);
+    let kv_heads = config.local_kv_heads(topology.tensor_parallel.size());
     let block_bytes = config.kv_block_bytes(kv_heads, BLOCK_SIZE).max(1);
     let budget = memory_for_rank(&rank.job, topology.node.size(), staged.report.model_bytes);
     if let Some(budget) = &budget {

@@ -18,9 +18,8 @@ use crate::ledger::{
     self, ExistingRun, Journals, Membership, OrderedOutput, OutputCounts, OutputTarget, RunDir,
     RunFile, RunIdentity, membership,
 };
-use crate::model::source::Safetensors;
 use crate::model::tokenizer::Tokenizer;
-use crate::model::{ModelConfig, WeightDtype};
+use crate::model::{Checkpoint, ModelConfig, WeightDtype};
 use crate::prompts::{
     GenerationConfig, InputIdentity, PromptFormat, PromptReader, ReadOptions, SamplingFlags,
     generation_config, spool_stdin,
@@ -340,19 +339,10 @@ fn is_finished(job: &Job, session: &Session) -> bool {
 
 /// Reads what a load would stumble over: configuration, headers, tokenizer.
 fn check_model(job: &Job) -> Result<ModelConfig> {
-    let dir = &job.model.model;
-    if dir.is_file() {
-        return Err(Error::input(format!(
-            "--model {}: a single file is not read yet (GGUF); give a directory with config.json, \
-             tokenizer.json and *.safetensors",
-            dir.display()
-        )));
-    }
-    let config = ModelConfig::from_dir(dir)?;
-    config.check_tensor_parallel(job.parallelism.tensor_parallel)?;
-    Safetensors::open(dir, None)?;
-    Tokenizer::from_dir(dir)?;
-    Ok(config)
+    let checkpoint = Checkpoint::open(&job.model.model)?;
+    checkpoint.config().check_tensor_parallel(job.parallelism.tensor_parallel)?;
+    Tokenizer::from_dir(&checkpoint.files().dir)?;
+    Ok(checkpoint.config().clone())
 }
 
 fn max_seq_len(job: &Job, config: &ModelConfig) -> Result<usize> {

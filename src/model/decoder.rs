@@ -1,8 +1,6 @@
 //! The decoder: embedding, layers on a residual stream, projection to logits. One for all
 //! families; what they differ in is in [`ModelConfig`].
 
-use std::sync::Arc;
-
 use candle_core::Tensor;
 
 use super::attention::Attention;

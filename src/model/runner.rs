@@ -77,6 +77,11 @@ impl ModelRunner {
         self.model.step_weights().map(Weight::bytes).sum()
     }
 
+    /// Ranks that share the model.
+    pub fn group_size(&self) -> usize {
+        self.comm.size()
+    }
+
     /// Heads on this rank.
     pub fn heads(&self) -> Heads {
         self.model.heads()

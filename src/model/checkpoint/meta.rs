@@ -11,12 +11,11 @@
 //! Left out: mixtures of experts, vision models, quantized and adapter checkpoints.
 
 use std::collections::HashMap;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::{StoredDtype, StoredTensor};
+use super::{Piece, StoredDtype, StoredTensor};
 use crate::{Error, Result};
 
 #[cfg(test)]
@@ -39,19 +38,6 @@ pub struct Merged {
     pub dtype: StoredDtype,
     /// Where the values are; together they fill the tensor, none twice.
     pub pieces: Vec<Piece>,
-}
-
-/// A part of a [`Merged`] tensor: contiguous and row-major in its file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Piece {
-    /// Number of the file, in the order of [`paths`].
-    pub file: usize,
-    /// Byte offset of the first value in that file.
-    pub offset: usize,
-    /// Rows of the merged tensor that it fills; of a vector, the one row 0.
-    pub rows: Range<usize>,
-    /// Columns that it fills.
-    pub cols: Range<usize>,
 }
 
 // ------------------------------------------------------------------------------------- files
