@@ -44,7 +44,9 @@ fn bench(bf16: bool, memory: f64, flops: f64) {
     println!("batch  prefill tok/s  of FLOPs  decode tok/s  of memory  of FLOPs");
     for batch in [1, 4, 16, 32] {
         let options = LoadOptions { dtype: None, max_seq_len: 256, num_blocks: 32 * 16 };
-        let runner = ModelRunner::load(&Checkpoint::open(&dir).unwrap(), &options, Arc::new(NoTensorComm)).unwrap();
+        let runner =
+            ModelRunner::load(&Checkpoint::open(&dir).unwrap(), &options, Arc::new(NoTensorComm))
+                .unwrap();
         let weight_bytes = runner.step_weight_bytes() as f64;
         let limits = EngineConfig { max_batch_size: batch, ..EngineConfig::default() };
         let mut engine = Engine::new(runner, Arc::new(NoText), limits).unwrap();

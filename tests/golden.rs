@@ -58,7 +58,8 @@ fn with_model<T: Send>(dir: &Path, size: usize, body: impl Fn(&mut ModelRunner) 
         let rank = world.rank();
         let comm: Arc<dyn TensorComm> = Arc::new(HostTensorComm::new(world));
         let options = LoadOptions { dtype: None, max_seq_len: 512, num_blocks: 64 };
-        let mut runner = ModelRunner::load(&Checkpoint::open(dir).unwrap(), &options, comm).unwrap();
+        let mut runner =
+            ModelRunner::load(&Checkpoint::open(dir).unwrap(), &options, comm).unwrap();
         if rank > 0 {
             runner.follow(|_, _| {}).unwrap();
             return None;
@@ -253,8 +254,7 @@ fn a_continued_generation_gives_the_same_tokens_and_bits() {
 #[test]
 fn two_ranks_hold_half_of_the_weights_each() {
     for dir in cases() {
-        let config = ModelConfig::from_dir(&dir).unwrap();
-        if config.check_tensor_parallel(2).is_err() {
+        if Checkpoint::open(&dir).unwrap().config().check_tensor_parallel(2).is_err() {
             continue;
         }
         let held = |size: usize| with_model(&dir, size, |r| (r.weight_bytes(), r.bytes_read()));

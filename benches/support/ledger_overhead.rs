@@ -234,7 +234,9 @@ impl Bench {
         let config = ModelConfig::from_dir(&dir).unwrap();
         let num_blocks = BATCH * MAX_SEQ_LEN.div_ceil(BLOCK_SIZE);
         let options = LoadOptions { dtype: None, max_seq_len: MAX_SEQ_LEN, num_blocks };
-        let runner = ModelRunner::load(&Checkpoint::open(&dir).unwrap(), &options, Arc::new(NoTensorComm)).unwrap();
+        let runner =
+            ModelRunner::load(&Checkpoint::open(&dir).unwrap(), &options, Arc::new(NoTensorComm))
+                .unwrap();
         let tokenizer = Arc::new(Tokenizer::from_dir(&dir).unwrap());
         let params = SamplingParams {
             max_new_tokens: NEW_TOKENS,

@@ -39,7 +39,9 @@ fn engine() -> Engine<ModelRunner> {
     let dir = model_dir();
     let config = ModelConfig::from_dir(&dir).unwrap();
     let options = LoadOptions { dtype: None, max_seq_len: 64, num_blocks: 16 };
-    let runner = ModelRunner::load(&Checkpoint::open(&dir).unwrap(), &options, Arc::new(NoTensorComm)).unwrap();
+    let runner =
+        ModelRunner::load(&Checkpoint::open(&dir).unwrap(), &options, Arc::new(NoTensorComm))
+            .unwrap();
     let decoder = Arc::new(Decoder(Arc::new(Tokenizer::from_dir(&dir).unwrap())));
     let limits = EngineConfig {
         max_batch_size: 2,

@@ -66,7 +66,8 @@ impl Attention {
             .places(layer, shape, q.clone(), kv)
             .map(|place| ColumnParallelLinear::load(l, &place, hidden, config.attention_bias));
         let norm = |name: &str| Norm::load(l, config, &at(name, layer), d);
-        let qk_norms = || Ok::<_, crate::Error>([norm(names.qk_norms[0])?, norm(names.qk_norms[1])?]);
+        let qk_norms =
+            || Ok::<_, crate::Error>([norm(names.qk_norms[0])?, norm(names.qk_norms[1])?]);
         let out = Place::new(at(names.o_proj, layer), hidden, 0..hidden);
         let (width, bias) = (num_heads * d, config.output_bias);
         Ok(Self {
@@ -87,9 +88,9 @@ impl Attention {
                     q.start * d..q.end * d,
                     bias,
                 )?),
-                false => OutputProjection::Replicated(ColumnParallelLinear::load(
-                    l, &out, width, bias,
-                )?),
+                false => {
+                    OutputProjection::Replicated(ColumnParallelLinear::load(l, &out, width, bias)?)
+                }
             },
         })
     }

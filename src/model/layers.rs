@@ -43,7 +43,12 @@ impl Loader<'_> {
     /// # Errors
     /// See [`TensorTable::matrix`](super::checkpoint::TensorTable::matrix).
     pub fn matrix(&self, place: &Place, width: usize, cols: Range<usize>) -> Result<Weight> {
-        self.source.tensors().matrix(place, width, cols, self.dtype.and_then(|d| for_width(d, width)))
+        self.source.tensors().matrix(
+            place,
+            width,
+            cols,
+            self.dtype.and_then(|d| for_width(d, width)),
+        )
     }
 
     /// The bias at `place`.
@@ -51,7 +56,11 @@ impl Loader<'_> {
     /// # Errors
     /// See [`TensorTable::vector`](super::checkpoint::TensorTable::vector).
     pub fn bias(&self, place: &Place) -> Result<Vec<f32>> {
-        self.source.tensors().vector(&format!("{}.bias", place.name), place.stored_rows, &place.rows)
+        self.source.tensors().vector(
+            &format!("{}.bias", place.name),
+            place.stored_rows,
+            &place.rows,
+        )
     }
 }
 
@@ -84,7 +93,11 @@ impl Norm {
     /// See [`TensorTable::vector`](super::checkpoint::TensorTable::vector).
     pub fn load(l: &Loader, config: &ModelConfig, name: &str, width: usize) -> Result<Self> {
         let vector = |part: &str| {
-            l.source.tensors().vector(&format!("{name}.{part}"), width, std::slice::from_ref(&(0..width)))
+            l.source.tensors().vector(
+                &format!("{name}.{part}"),
+                width,
+                std::slice::from_ref(&(0..width)),
+            )
         };
         let mut weight = vector("weight")?;
         if config.norm == NormKind::RmsPlusOne {

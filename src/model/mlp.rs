@@ -128,9 +128,9 @@ fn load_experts(
         l.matrix(&place, width, 0..width)
     };
     let mine = l.share(n);
-    let weights = mine.clone().map(|e| {
-        Ok(ExpertWeights { gate: whole(0, e)?, up: whole(1, e)?, down: whole(2, e)? })
-    });
+    let weights = mine
+        .clone()
+        .map(|e| Ok(ExpertWeights { gate: whole(0, e)?, up: whole(1, e)?, down: whole(2, e)? }));
     let weights = weights.collect::<Result<Vec<_>>>()?;
     Ok(Experts::new(router, mine, weights, experts, config.activation, l.comm.clone()))
 }

@@ -18,8 +18,8 @@ pub mod step;
 pub mod tokenizer;
 pub mod weights;
 
-pub use checkpoint::Checkpoint;
 pub use batch::{BatchSequence, LogitsWanted, StepBatch};
+pub use checkpoint::Checkpoint;
 pub use config::ModelConfig;
 pub use runner::{LoadOptions, ModelRunner};
 pub use weights::WeightDtype;

@@ -154,11 +154,8 @@ pub const GGUF: Names = Names {
 };
 
 /// Phi-3's in GGUF.
-pub const GGUF_PHI3: Names = Names {
-    qkv: GGUF_FUSED_QKV,
-    gate_up: GateUp::Concatenated("blk.{}.ffn_up"),
-    ..GGUF
-};
+pub const GGUF_PHI3: Names =
+    Names { qkv: GGUF_FUSED_QKV, gate_up: GateUp::Concatenated("blk.{}.ffn_up"), ..GGUF };
 
 /// Falcon's in GGUF, with one norm a layer.
 pub const GGUF_FALCON: Names =
@@ -178,11 +175,7 @@ pub const META: Names = Names {
     lm_head: "output",
     input_norm: "layers.{}.attention_norm",
     mlp_norm: "layers.{}.ffn_norm",
-    qkv: Qkv::Split([
-        "layers.{}.attention.wq",
-        "layers.{}.attention.wk",
-        "layers.{}.attention.wv",
-    ]),
+    qkv: Qkv::Split(["layers.{}.attention.wq", "layers.{}.attention.wk", "layers.{}.attention.wv"]),
     o_proj: "layers.{}.attention.wo",
     gate_up: GateUp::Split(["layers.{}.feed_forward.w1", "layers.{}.feed_forward.w3"]),
     down_proj: "layers.{}.feed_forward.w2",
@@ -199,9 +192,8 @@ impl Qkv {
         heads: Range<usize>,
         kv_heads: Range<usize>,
     ) -> [Place; 3] {
-        let rows = |first: usize, heads: &Range<usize>| {
-            first + heads.start * d..first + heads.end * d
-        };
+        let rows =
+            |first: usize, heads: &Range<usize>| first + heads.start * d..first + heads.end * d;
         let total = (num_heads + 2 * num_kv_heads) * d;
         match self {
             Qkv::Split([q, k, v]) => [

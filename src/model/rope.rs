@@ -62,13 +62,7 @@ impl RotaryEmbedding {
 
     /// Appends to `cos` and `sin` the `rotary_dim / 2` values each of `position`, in a
     /// sequence whose prompt has `prompt_len` tokens.
-    pub fn push(
-        &self,
-        position: usize,
-        prompt_len: usize,
-        cos: &mut Vec<f32>,
-        sin: &mut Vec<f32>,
-    ) {
+    pub fn push(&self, position: usize, prompt_len: usize, cos: &mut Vec<f32>, sin: &mut Vec<f32>) {
         let seq_len = prompt_len.max(position + 1);
         let mut push = |inv_freq: &[f32]| {
             for f in inv_freq {
@@ -78,9 +72,7 @@ impl RotaryEmbedding {
             }
         };
         match &self.by_length {
-            ByLength::Dynamic { theta, factor, max_position_embeddings: max }
-                if seq_len > *max =>
-            {
+            ByLength::Dynamic { theta, factor, max_position_embeddings: max } if seq_len > *max => {
                 push(&dynamic(*theta, *factor, *max, seq_len, self.rotary_dim));
             }
             ByLength::Longer { inv_freq, than } if seq_len > *than => push(inv_freq),
@@ -171,8 +163,7 @@ fn yarn_frequencies(rope: &RopeConfig, plain: &[f32]) -> Vec<f32> {
     let dim = rope.rotary_dim as f64;
     // The dimension that turns `rotations` times over the original context.
     let dimension = |rotations: f64| {
-        dim * (original as f64 / (rotations * std::f64::consts::TAU)).ln()
-            / (2.0 * rope.theta.ln())
+        dim * (original as f64 / (rotations * std::f64::consts::TAU)).ln() / (2.0 * rope.theta.ln())
     };
     let (mut low, mut high) = (dimension(beta_fast), dimension(beta_slow));
     if truncate {

@@ -52,9 +52,8 @@ impl<'a> Step<'a> {
             });
             first += s.num_tokens;
         }
-        let table = |rope: &'a Option<RotaryEmbedding>| {
-            rope.as_ref().map(|rope| Table::new(batch, rope))
-        };
+        let table =
+            |rope: &'a Option<RotaryEmbedding>| rope.as_ref().map(|rope| Table::new(batch, rope));
         Self { rows, global: table(&rotations.global), local: table(&rotations.local) }
     }
 

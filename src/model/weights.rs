@@ -48,9 +48,7 @@ pub(super) unsafe trait Plain: Copy + Default + Send + Sync + 'static {
     /// The bytes of values.
     fn bytes_mut(values: &mut [Self]) -> &mut [u8] {
         // SAFETY: as long as the values; any bytes are values.
-        unsafe {
-            std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(values))
-        }
+        unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(values)) }
     }
 }
 

@@ -143,9 +143,10 @@ impl TensorTable {
 
     fn tensor(&self, name: &str, shape: [usize; 2]) -> Result<&Tensor> {
         let file = |i: usize| self.mapped.get(i).map_or("".into(), |f| f.path.to_string_lossy());
-        let tensor = self.tensors.get(name).ok_or_else(|| {
-            Error::input(format!("{}: the model has no tensor {name}", file(0)))
-        })?;
+        let tensor = self
+            .tensors
+            .get(name)
+            .ok_or_else(|| Error::input(format!("{}: the model has no tensor {name}", file(0))))?;
         if matrix_shape(&tensor.shape) != shape {
             return Err(Error::input(format!(
                 "{}: tensor {name} has shape {:?}, but the configuration asks for {shape:?}",

@@ -21,10 +21,8 @@ const NAMES: Names = Names {
     ..LLAMA
 };
 
-const GROUPED: Names = Names {
-    qkv: Qkv::Grouped("transformer.h.{}.self_attention.query_key_value"),
-    ..NAMES
-};
+const GROUPED: Names =
+    Names { qkv: Qkv::Grouped("transformer.h.{}.self_attention.query_key_value"), ..NAMES };
 
 /// 40B and 180B: two norms before a parallel block.
 const TWO_NORMS: Names = Names {

@@ -67,6 +67,7 @@ impl ModelConfig {
                 fields.insert("quantization_config".into(), quantized);
             }
         }
+        raw::respell(&mut value);
         let raw: RawConfig =
             serde_json::from_value(value).map_err(|e| Error::input(format!("not usable: {e}")))?;
         let family = raw.family();
@@ -150,8 +151,14 @@ mod tests {
             (r#""hidden_act": "relu""#, "relu"),
             (r#""head_dim": 3"#, "head_dim"),
             (r#""rope_theta": 0"#, "rope_theta"),
-            (r#""model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3"#, "3 of 2"),
-            (r#""model_type": "gemma2", "layer_types": ["full_attention"], "sliding_window": 4"#, "layer_types"),
+            (
+                r#""model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3"#,
+                "3 of 2",
+            ),
+            (
+                r#""model_type": "gemma2", "layer_types": ["full_attention"], "sliding_window": 4"#,
+                "layer_types",
+            ),
         ] {
             let error = parse(json).unwrap_err();
             assert!(error.message.contains(word), "{error}");
@@ -167,6 +174,14 @@ mod tests {
         }
         let error = config.check_tensor_parallel(3).unwrap_err();
         assert!(error.message.ends_with("sizes that work: 1, 2, 4, 8"), "{error}");
+    }
+
+    #[test]
+    fn a_field_in_two_spellings_is_no_error() {
+        let both = r#""hidden_act": "silu", "hidden_activation": "gelu_pytorch_tanh", "n_head": 8"#;
+        assert_eq!(parse(both).unwrap().activation, crate::kernels::ops::Activation::Silu);
+        let falcon = r#""model_type": "falcon", "n_layer": 2, "activation": "gelu""#;
+        assert_eq!(parse(falcon).unwrap().activation, crate::kernels::ops::Activation::Gelu);
     }
 
     /// Falcon 7B: 71 heads share one key; its attention is not split, its MLP is.

@@ -9,9 +9,7 @@ use std::collections::{BTreeSet, HashMap};
 use serde::Deserialize;
 
 use crate::kernels::ops::Activation;
-use crate::model::config::{
-    Block, ModelConfig, NormKind, Positions, RopeConfig, RopeScaling,
-};
+use crate::model::config::{Block, ModelConfig, NormKind, Positions, RopeConfig, RopeScaling};
 use crate::model::names::LLAMA;
 use crate::{Error, Result};
 
@@ -22,11 +20,8 @@ pub(super) struct RawConfig {
     pub model_type: Option<String>,
     pub hidden_size: Option<usize>,
     pub intermediate_size: Option<usize>,
-    #[serde(alias = "n_layer")]
     pub num_hidden_layers: Option<usize>,
-    #[serde(alias = "n_head")]
     pub num_attention_heads: Option<usize>,
-    #[serde(alias = "num_kv_heads", alias = "n_head_kv")]
     pub num_key_value_heads: Option<usize>,
     pub head_dim: Option<usize>,
     pub vocab_size: Option<usize>,
@@ -42,7 +37,6 @@ pub(super) struct RawConfig {
     pub tie_word_embeddings: Option<bool>,
     pub attention_bias: Option<bool>,
     pub mlp_bias: Option<bool>,
-    #[serde(alias = "hidden_activation", alias = "activation")]
     pub hidden_act: Option<String>,
     pub sliding_window: Option<usize>,
     pub use_sliding_window: Option<bool>,
@@ -62,7 +56,6 @@ pub(super) struct RawConfig {
     pub num_ln_in_parallel_attn: Option<usize>,
     pub ffn_hidden_size: Option<usize>,
     // Experts.
-    #[serde(alias = "num_experts")]
     pub num_local_experts: Option<usize>,
     pub num_experts_per_tok: Option<usize>,
     pub moe_intermediate_size: Option<usize>,
@@ -95,6 +88,29 @@ pub(super) struct RawRope {
     long_factor: Option<Vec<f32>>,
     /// Divisors of a GGUF file (never in a config.json).
     divisors: Option<Vec<f32>>,
+}
+
+/// Fields that families spell in several ways; files may hold more than one of them.
+const SPELLINGS: [(&str, &[&str]); 5] = [
+    ("num_hidden_layers", &["n_layer"]),
+    ("num_attention_heads", &["n_head"]),
+    ("num_key_value_heads", &["num_kv_heads", "n_head_kv"]),
+    ("hidden_act", &["hidden_activation", "activation"]),
+    ("num_local_experts", &["num_experts"]),
+];
+
+/// Gives every field the spelling that [`RawConfig`] reads.
+pub(super) fn respell(config: &mut serde_json::Value) {
+    let Some(fields) = config.as_object_mut() else { return };
+    for (name, others) in SPELLINGS {
+        for other in others {
+            if let Some(value) = fields.get(*other).filter(|value| !value.is_null()).cloned()
+                && fields.get(name).is_none_or(serde_json::Value::is_null)
+            {
+                fields.insert(name.to_owned(), value);
+            }
+        }
+    }
 }
 
 /// `rope_parameters`: one for all layers, or one a kind of layer.
