@@ -12,6 +12,9 @@ use farm::model::{BatchSequence, Checkpoint, LoadOptions, LogitsWanted, ModelRun
 use farm::model::{Runner, StepBatch};
 use serde::Deserialize;
 
+#[path = "golden/gguf.rs"]
+mod gguf;
+
 const LOGITS_TOLERANCE: f32 = 1e-4;
 const LOGPROB_TOLERANCE: f64 = 1e-3;
 
@@ -186,7 +189,6 @@ impl TokenDecoder for NoText {
 /// Runs `requests` in a newly loaded engine; after `steps` steps they are taken out
 /// and go on in another.
 fn run_cut(dir: &Path, mut requests: Vec<EngineRequest>, steps: usize) -> Vec<EngineOutput> {
-    let config = ModelConfig::from_dir(dir).unwrap();
     let new_engine = || {
         let options = LoadOptions { dtype: None, max_seq_len: 512, num_blocks: 64 };
         let comm = Arc::new(NoTensorComm);
