@@ -11,7 +11,7 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub(super) struct ByteLevel {
     patterns: Vec<SysRegex>,
-    alphabet: [char; 256],
+    alphabet: Box<[char; 256]>,
 }
 
 impl ByteLevel {
@@ -22,13 +22,14 @@ impl ByteLevel {
                 .map_err(|error| Error::fault(format!("pre-tokenizer {pattern}: {error}")))
         };
         let patterns = patterns.iter().map(compile).collect::<Result<_>>()?;
-        Ok(Self { patterns, alphabet: alphabet() })
+        Ok(Self { patterns, alphabet: Box::new(alphabet()) })
     }
 
     /// The words of a text. Each pattern cuts what the one before left; what lies
     /// between two matches is a word too.
     pub fn split(&self, text: &str) -> Vec<Range<usize>> {
-        let mut words = vec![0..text.len()];
+        let whole = 0..text.len();
+        let mut words = vec![whole];
         for pattern in &self.patterns {
             let mut finer = Vec::with_capacity(words.len());
             for word in words {
@@ -144,8 +145,7 @@ impl PreTokenizer {
 /// `s`, which llama.cpp's [`LLAMA3`] does not.)
 pub(super) const LLAMA3_TIKTOKEN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-const GPT2: &str =
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
+const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
 const LLAMA3: &str = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN35: &str = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -159,8 +159,9 @@ const DEEPSEEK3: [&str; 3] = [
     "[一-龥\u{3040}-ゟ゠-ヿ]+",
     r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##,
 ];
+// To llama.cpp white space beyond ASCII is a vertical tab, so no class by code points has it.
 const DEEPSEEK_CODER: [&str; 5] =
-    [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥\u{800}-一가-\u{d7ff}]+", r"\p{N}"];
+    [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[[一-龥\u{800}-一가-\u{d7ff}]&&\S]+", r"\p{N}"];
 
 #[cfg(test)]
 mod tests {

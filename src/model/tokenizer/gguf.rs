@@ -1,5 +1,7 @@
 //! The vocabulary in a GGUF file's metadata (`tokenizer.ggml.*`), tokenized as
-//! llama.cpp's `llama_tokenize` does with `parse_special` (`llama-vocab.cpp`).
+//! llama.cpp's `llama_tokenize` does with `parse_special` (`llama-vocab.cpp`). On the
+//! golden texts that is also what sentencepiece (with the dummy prefix after special
+//! tokens) and Hugging Face's tokenizers of Llama 3, Qwen 2 and Falcon give.
 //!
 //! Left out: the vocabularies `bert`, `t5`, `rwkv`, `plamo2`, `gemma4`, and
 //! pre-tokenizers that are more than regular expressions.
@@ -311,10 +313,7 @@ fn scores(metadata: &Metadata, count: usize) -> Result<Vec<f32>> {
 }
 
 /// The merges by their parts' ids: rank and result.
-fn merges(
-    metadata: &Metadata,
-    vocabulary: &Vocabulary,
-) -> Result<HashMap<(u32, u32), (u32, u32)>> {
+fn merges(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<HashMap<(u32, u32), (u32, u32)>> {
     let list = metadata
         .strings(MERGES)
         .ok_or_else(|| Error::input(format!("{MERGES} is missing or not a list of texts")))?;
@@ -328,7 +327,9 @@ fn merges(
             Some(((vocabulary.id(left)?, vocabulary.id(right)?), (rank, merged)))
         });
         let (parts, made) = entry.ok_or_else(|| {
-            Error::input(format!("{MERGES}: number {rank}, {merge:?}, is not two tokens that make a third"))
+            Error::input(format!(
+                "{MERGES}: number {rank}, {merge:?}, is not two tokens that make a third"
+            ))
         })?;
         // Of a merge that is listed twice the first counts.
         pairs.entry(parts).or_insert(made);
@@ -412,10 +413,8 @@ mod tests {
     #[test]
     fn senseless_vocabularies_are_errors_that_name_the_key() {
         let big = vec![Value::Int(8), Value::Int(-1), Value::Int(i64::MAX), Value::Bool(true)];
-        let mut cases: Vec<(Metadata, &str, Value)> = big
-            .into_iter()
-            .map(|value| (spm(), "tokenizer.ggml.eos_token_id", value))
-            .collect();
+        let mut cases: Vec<(Metadata, &str, Value)> =
+            big.into_iter().map(|value| (spm(), "tokenizer.ggml.eos_token_id", value)).collect();
         cases.extend([
             (spm(), "tokenizer.ggml.model", Value::String("bert".into())),
             (spm(), TOKENS, Value::Ints(vec![1])),

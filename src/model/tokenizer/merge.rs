@@ -37,6 +37,10 @@ pub(super) struct Symbol {
 /// Marks the end of the chain of symbols.
 const NONE: usize = usize::MAX;
 
+/// Two neighbours to be merged: priority, left one, its end, the right one's end, merged
+/// id. The order is that of the merging.
+type Pair = (u32, usize, usize, usize, u32);
+
 struct Merging<'a> {
     text: &'a str,
     vocabulary: &'a Vocabulary,
@@ -44,8 +48,7 @@ struct Merging<'a> {
     symbols: &'a mut [Symbol],
     prev: Vec<usize>,
     next: Vec<usize>,
-    /// (priority, left, its end before, the right one's end, merged id).
-    queue: BinaryHeap<Reverse<(u32, usize, usize, usize, u32)>>,
+    queue: BinaryHeap<Reverse<Pair>>,
     /// Where unused tokens were joined, by their text.
     joints: HashMap<&'a str, usize>,
 }
@@ -107,7 +110,7 @@ impl<'a> Merging<'a> {
         }
     }
 
-    fn join(&mut self, (_, left, middle, end, id): (u32, usize, usize, usize, u32)) {
+    fn join(&mut self, (_, left, middle, end, id): Pair) {
         let right = self.next[left];
         // The pair is out of date if either symbol has changed since.
         let l = self.symbols[left];
@@ -185,13 +188,15 @@ mod tests {
     #[test]
     fn the_best_pair_goes_first_and_of_equals_the_leftmost() {
         use Kind::{Normal, Unused};
-        let tokens = [("a", Normal), ("b", Normal), ("ab", Normal), ("ba", Normal), ("aba", Normal)];
+        let tokens =
+            [("a", Normal), ("b", Normal), ("ab", Normal), ("ba", Normal), ("aba", Normal)];
         assert_eq!(merged(&tokens, &[0., 0., -1., -2., -3.], "abab"), "ab|ab");
         assert_eq!(merged(&tokens, &[0., 0., -2., -1., -3.], "abab"), "aba|b");
         assert_eq!(merged(&tokens, &[0., 0., -2., -2., -3.], "baba"), "ba|ba");
         assert_eq!(merged(&tokens, &[0., 0., -1., -2., -3.], "ab!ab?ab"), "ab|!|ab|?|ab");
         assert_eq!(merged(&tokens, &[0.; 5], ""), "");
-        let unused = [("a", Normal), ("b", Normal), ("ab", Unused), ("aba", Unused), ("ba", Normal)];
+        let unused =
+            [("a", Normal), ("b", Normal), ("ab", Unused), ("aba", Unused), ("ba", Normal)];
         assert_eq!(merged(&unused, &[0., 0., -1., -2., -3.], "aba"), "a|b|a");
     }
 

@@ -27,8 +27,8 @@ mod vocabulary;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-pub use self::files::{is_missing, read_json, special_tokens};
 use self::files::{SidecarFlags, added_tokens, configured_ids};
+pub use self::files::{is_missing, read_json, special_tokens};
 use self::json::JsonTokenizer;
 use self::pieces::PieceTokenizer;
 use crate::model::checkpoint::gguf::Metadata;
@@ -79,18 +79,14 @@ impl Tokenizer {
     ///
     /// Errors (input): nothing is there (the message lists where it was looked for), or
     /// what is there is damaged.
-    pub fn open(
-        model: &Path,
-        tokenizer: Option<&Path>,
-        gguf: Option<&Metadata>,
-    ) -> Result<Self> {
+    pub fn open(model: &Path, tokenizer: Option<&Path>, gguf: Option<&Metadata>) -> Result<Self> {
         let dir = directory(model);
-        if let (None, Some(metadata)) = (tokenizer, gguf) {
-            if gguf::has_vocabulary(metadata) {
-                let built = gguf::build(metadata)
-                    .map_err(|error| error.context(format!("tokenizer of {}", model.display())))?;
-                return Ok(Self::from_built(built));
-            }
+        if let (None, Some(metadata)) = (tokenizer, gguf)
+            && gguf::has_vocabulary(metadata)
+        {
+            let built = gguf::build(metadata)
+                .map_err(|error| error.context(format!("tokenizer of {}", model.display())))?;
+            return Ok(Self::from_built(built));
         }
         let path = match tokenizer {
             Some(path) => given(path)?,
@@ -195,9 +191,7 @@ impl Tokenizer {
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         match &self.inner {
             Inner::Json(json) => json.inner.id_to_token(id),
-            Inner::Pieces(pieces) => {
-                pieces.vocabulary.get(id).map(|token| token.text.to_string())
-            }
+            Inner::Pieces(pieces) => pieces.vocabulary.get(id).map(|token| token.text.to_string()),
         }
     }
 
@@ -397,5 +391,77 @@ mod tests {
             let greedy = tokenizer.decode(&ids("greedy"), false).unwrap();
             assert_eq!(greedy, case["greedy_text"].as_str().expect("greedy_text"));
         }
+    }
+
+    /// A directory of the goldens.
+    fn golden(kind: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokenizers").join(kind)
+    }
+
+    #[test]
+    fn a_tokenizer_is_looked_for_beside_the_model_then_above_it_as_meta_keeps_it() {
+        let parent = tempfile::tempdir().unwrap();
+        let model = parent.path().join("llama-2-7b");
+        std::fs::create_dir(&model).unwrap();
+        let weights = model.join("consolidated.00.pth");
+        let ends =
+            |path: &Path| Tokenizer::open(path, None, None).map(|t| t.eos_token_ids().to_vec());
+        let message = ends(&weights).unwrap_err().message;
+        for place in ["7b/tokenizer.json", "7b/tokenizer.model", "--tokenizer"] {
+            assert!(message.contains(place), "{message}");
+        }
+        let put = |kind: &str, to: PathBuf| {
+            std::fs::copy(golden(kind).join("tokenizer.model"), to).unwrap();
+        };
+        put("tiktoken", parent.path().join("tokenizer.model"));
+        assert_eq!(ends(&model).unwrap().len(), 3);
+        put("spm_bpe", model.join("tokenizer.model"));
+        write(&model, "consolidated.00.pth", "");
+        assert_eq!((ends(&model).unwrap(), ends(&weights).unwrap()), (vec![2], vec![2]));
+        write(&model, "tokenizer_config.json", r#"{"eos_token": "<unk>"}"#);
+        assert_eq!(ends(&model).unwrap(), [0]);
+        write(&model, "generation_config.json", r#"{"eos_token_id": [7, 2]}"#);
+        assert_eq!(ends(&model).unwrap(), [7, 2]);
+    }
+
+    #[test]
+    fn a_given_tokenizer_goes_before_the_models_own() {
+        use crate::model::checkpoint::gguf::Value as Meta;
+        let dir = tempfile::tempdir().unwrap();
+        write_words(dir.path());
+        let file = dir.path().join("model.gguf");
+        write(dir.path(), "model.gguf", "");
+        let mut metadata = Metadata::default();
+        metadata.0.insert("tokenizer.ggml.eos_token_id".into(), Meta::Int(4));
+        let size = |tokenizer: Option<&Path>, metadata: &Metadata| {
+            let tokenizer = Tokenizer::open(&file, tokenizer, Some(metadata))?;
+            Ok::<_, Error>((tokenizer.vocab_size(), tokenizer.eos_token_ids().to_vec()))
+        };
+        // No vocabulary in the file: the directory's, with the ids that the file names.
+        assert_eq!(size(None, &metadata).unwrap(), (6, vec![4]));
+        let tokens = ["<unk>", "<s>", "</s>", "▁", "a"].map(String::from).to_vec();
+        metadata.0.insert("tokenizer.ggml.model".into(), Meta::String("llama".into()));
+        metadata.0.insert("tokenizer.ggml.tokens".into(), Meta::Strings(tokens));
+        assert_eq!(size(None, &metadata).unwrap(), (5, vec![4, 2]));
+        assert_eq!(size(Some(dir.path()), &metadata).unwrap().0, 6);
+        assert_eq!(
+            size(Some(&golden("spm_bpe").join("tokenizer.model")), &metadata).unwrap().0,
+            800
+        );
+        for wrong in ["other.gguf", "nowhere", "model.gguf"] {
+            let error = size(Some(&dir.path().join(wrong)), &metadata).unwrap_err();
+            assert!(error.message.contains(wrong), "{error}");
+        }
+        metadata.0.insert("tokenizer.ggml.eos_token_id".into(), Meta::Int(5));
+        let message = size(None, &metadata).unwrap_err().message;
+        assert!(message.contains("model.gguf") && message.contains("eos_token_id"), "{message}");
+    }
+
+    #[test]
+    fn a_file_has_no_files_in_it() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "model.gguf", "");
+        let inside = dir.path().join("model.gguf").join("generation_config.json");
+        assert_eq!(read_json(&inside).unwrap(), None);
     }
 }

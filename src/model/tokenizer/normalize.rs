@@ -106,7 +106,7 @@ impl Charsmap {
         let bad = |what: &str| Error::input(format!("precompiled_charsmap: {what}"));
         let (head, rest) = blob.split_first_chunk::<4>().ok_or_else(|| bad("is too short"))?;
         let length = u32::from_le_bytes(*head) as usize;
-        if length > rest.len() || length % 4 != 0 {
+        if length > rest.len() || !length.is_multiple_of(4) {
             return Err(bad("the length of its trie does not fit"));
         }
         let (trie, replacements) = rest.split_at(length);

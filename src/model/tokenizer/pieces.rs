@@ -150,10 +150,8 @@ impl PieceTokenizer {
         match &self.segmenter {
             Segmenter::Unigram(unigram) => unigram.segment(text, out),
             Segmenter::Merge { pairs, whole_words, user_defined } => {
-                if *whole_words {
-                    if let id @ Some(_) = self.vocabulary.id(text) {
-                        return out(text, id);
-                    }
+                if *whole_words && let id @ Some(_) = self.vocabulary.id(text) {
+                    return out(text, id);
                 }
                 let mut symbols = self.symbols(text, user_defined);
                 merge(text, &mut symbols, pairs, &self.vocabulary, out);

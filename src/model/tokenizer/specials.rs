@@ -91,14 +91,13 @@ mod tests {
 
     #[test]
     fn the_longest_token_wins_and_white_space_is_swallowed_on_request() {
-        let special = |text: &str, id, strip| Special {
-            text: text.into(),
-            id,
-            lstrip: strip,
-            rstrip: strip,
-        };
-        let specials =
-            Specials::new(vec![special("<a", 1, false), special("<a>", 2, false), special("|", 3, true)]);
+        let special =
+            |text: &str, id, strip| Special { text: text.into(), id, lstrip: strip, rstrip: strip };
+        let specials = Specials::new(vec![
+            special("<a", 1, false),
+            special("<a>", 2, false),
+            special("|", 3, true),
+        ]);
         assert_eq!(specials.split("x<a><ay"), [Text("x"), Token(2), Token(1), Text("y")]);
         assert_eq!(specials.split("x \n| \u{b}|y"), [Text("x"), Token(3), Token(3), Text("y")]);
         assert_eq!(specials.split("<a>"), [Token(2)]);

@@ -1,6 +1,6 @@
 //! SentencePiece's unigram model: the segmentation with the highest sum of scores
-//! (`Model::EncodeOptimized` of its `unigram_model.cc`, with its float widths, on which
-//! ties between segmentations hang).
+//! (`Model::EncodeOptimized` of its `unigram_model.cc`, in f32 throughout, on
+//! whose rounding ties between segmentations hang).
 
 use super::vocabulary::{Kind, Prefixes, Vocabulary};
 
@@ -53,11 +53,11 @@ impl Unigram {
             let mut whole_character = false;
             for (length, id) in self.pieces.of(&text[start..]) {
                 whole_character |= length == width;
-                let score = self.score(id, length) + f64::from(so_far);
+                let score = self.score(id, length) + so_far;
                 reach(&mut best[start + length], score, start, Some(id));
             }
             if !whole_character {
-                reach(&mut best[start + width], f64::from(self.unknown + so_far), start, None);
+                reach(&mut best[start + width], self.unknown + so_far, start, None);
             }
         }
         let mut pieces = Vec::new();
@@ -69,18 +69,18 @@ impl Unigram {
         pieces.into_iter().rev().for_each(|(range, id)| out(&text[range], id));
     }
 
-    fn score(&self, id: u32, length: usize) -> f64 {
+    fn score(&self, id: u32, length: usize) -> f32 {
         if self.user_defined[id as usize] {
             // A bonus, so that user-defined pieces are always taken.
-            f64::from(length as f32 * self.highest) - 0.1
+            length as f32 * self.highest - 0.1
         } else {
-            f64::from(self.scores[id as usize])
+            self.scores[id as usize]
         }
     }
 }
 
-fn reach(best: &mut Option<Best>, score: f64, start: usize, id: Option<u32>) {
-    if best.is_none_or(|best| score > f64::from(best.score)) {
-        *best = Some(Best { score: score as f32, start, id });
+fn reach(best: &mut Option<Best>, score: f32, start: usize, id: Option<u32>) {
+    if best.is_none_or(|best| score > best.score) {
+        *best = Some(Best { score, start, id });
     }
 }

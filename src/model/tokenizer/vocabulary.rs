@@ -109,10 +109,10 @@ impl Prefixes {
                 let end = begin + range[begin..].partition_point(|entry| at(entry) == Some(byte));
                 (low, high) = (low + begin, low + end);
                 // Of entries that share a beginning, the one that is no more sorts first.
-                if let Some((entry, number)) = self.0[low..high].first() {
-                    if entry.len() == depth + 1 {
-                        return Some((depth + 1, *number));
-                    }
+                if let Some((entry, number)) = self.0[low..high].first()
+                    && entry.len() == depth + 1
+                {
+                    return Some((depth + 1, *number));
                 }
             }
             None
