@@ -17,7 +17,8 @@ use serde_json::{Map, Value as Json};
 use super::jinja_values::{to_template, tojson};
 use super::strftime::strftime;
 use super::{ErrorCode, Problem};
-use crate::model::tokenizer::{read_json, special_tokens};
+use crate::model::checkpoint::gguf::Metadata;
+use crate::model::tokenizer::{gguf_special_tokens, is_missing, read_json, special_tokens};
 use crate::{Error, Result};
 
 /// Name under which the template is known to the engine; messages show it.
@@ -48,6 +49,28 @@ impl ChatTemplate {
             .map(|(name, token)| (name, Json::String(token)))
             .collect();
         Ok(Some(Self::new(&source, variables, now_unix_seconds)))
+    }
+
+    /// The template of a model: that of its directory, else the one in its GGUF metadata
+    /// (`tokenizer.chat_template`), with the special tokens that the ids there name.
+    /// `None` if the model has none; the forms that Meta publishes never have one.
+    ///
+    /// Time and errors as for [`ChatTemplate::from_dir`].
+    pub fn open(
+        model: &Path,
+        gguf: Option<&Metadata>,
+        now_unix_seconds: u64,
+    ) -> Result<Option<Self>> {
+        if let found @ Some(_) = Self::from_dir(model, now_unix_seconds)? {
+            return Ok(found);
+        }
+        let template = gguf.and_then(|metadata| {
+            let source = metadata.str("tokenizer.chat_template")?;
+            let tokens = gguf_special_tokens(metadata).into_iter();
+            let variables = tokens.map(|(name, token)| (name, Json::String(token))).collect();
+            Some(Self::new(source, variables, now_unix_seconds))
+        });
+        Ok(template)
     }
 
     /// A template from its source, with the variables (special tokens) it may use.
@@ -148,7 +171,7 @@ fn template_source(dir: &Path) -> Result<Option<String>> {
     let path = dir.join("chat_template.jinja");
     match std::fs::read_to_string(&path) {
         Ok(source) => return Ok(Some(source)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) if is_missing(&error) => {}
         Err(error) => return Err(Error::input(format!("{}: {error}", path.display()))),
     }
     for file in ["chat_template.json", "tokenizer_config.json"] {
@@ -299,5 +322,27 @@ mod tests {
         assert_eq!(rendered().unwrap().as_deref(), Some("json"));
         write("chat_template.jinja", json!("jinja\n"));
         assert_eq!(rendered().unwrap().as_deref(), Some("jinja"));
+    }
+
+    #[test]
+    fn a_gguf_brings_its_template_and_the_texts_of_its_special_tokens() {
+        use crate::model::checkpoint::gguf::Value as Meta;
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("model.gguf");
+        std::fs::write(&file, "GGUF").unwrap();
+        let mut metadata = Metadata::default();
+        let mut set = |key: &str, value| metadata.0.insert(format!("tokenizer.{key}"), value);
+        set("ggml.tokens", Meta::Strings(vec!["<s>".into(), "</s>".into()]));
+        set("ggml.bos_token_id", Meta::Int(0));
+        set("ggml.eos_token_id", Meta::Int(99));
+        let open = |metadata: &Metadata| ChatTemplate::open(&file, Some(metadata), 0).unwrap();
+        assert!(open(&metadata).is_none());
+        let source = "{{ bos_token }}{{ messages[0].content }}{{ eos_token is defined }}";
+        metadata.0.insert("tokenizer.chat_template".into(), Meta::String(source.into()));
+        let text = open(&metadata).unwrap().render(&[json!({"content": "hi"})]).unwrap();
+        assert_eq!(text, "<s>hiFalse");
+        std::fs::write(dir.path().join("chat_template.jinja"), "own").unwrap();
+        let own = ChatTemplate::open(dir.path(), Some(&metadata), 0).unwrap().unwrap();
+        assert_eq!(own.render(&[]).unwrap(), "own");
     }
 }

@@ -1,87 +1,159 @@
-//! The model's tokenizer: `tokenizer.json` by the `tokenizers` crate, and the
-//! special tokens that the files beside it name.
+//! The model's tokenizer, from whatever form the model brings: `tokenizer.json` (by the
+//! `tokenizers` crate), SentencePiece's or tiktoken's `tokenizer.model`, or the vocabulary
+//! in a GGUF file; and the special tokens that the files beside it name.
+//!
+//! The forms without a `tokenizer.json` run on farm's own tables ([`pieces`]), so that
+//! their ids are those of the library each form belongs to: sentencepiece, tiktoken,
+//! llama.cpp. `tests/golden/tokenizers` holds what those give.
 //!
 //! Left out: chat templates ([`crate::prompts::chat_template`]) and the streaming
 //! detokenizer (the engine's, over [`Tokenizer::decode`]).
 
-use std::collections::{BTreeMap, HashSet};
-use std::path::Path;
+mod byte_level;
+mod files;
+mod gguf;
+#[cfg(test)]
+mod golden_tests;
+mod json;
+mod merge;
+mod normalize;
+mod pieces;
+mod sentencepiece;
+mod specials;
+mod tiktoken;
+mod unigram;
+mod vocabulary;
 
-use serde_json::Value;
-use tokenizers::DecoderWrapper;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
+use self::files::{SidecarFlags, added_tokens, configured_ids};
+pub use self::files::{is_missing, read_json, special_tokens};
+use self::json::JsonTokenizer;
+use self::pieces::PieceTokenizer;
+use crate::model::checkpoint::gguf::Metadata;
 use crate::{Error, Result};
+
+/// Ids that may be free between a SentencePiece model's pieces and a token added to it.
+const MAX_VOCABULARY_GAP: usize = 65_536;
 
 /// A loaded tokenizer. Immutable and safe to share between threads (by `Arc`).
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
-    spelling: Spelling,
+    inner: Inner,
     vocab_size: usize,
-    /// Tokens that are matched as they stand in a text, not spelled by the model.
-    added_tokens: HashSet<u32>,
     special_tokens: BTreeMap<String, String>,
     eos_token_ids: Vec<u32>,
     bos_token_id: Option<u32>,
 }
 
-/// How the vocabulary spells bytes, as its decoder tells.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Spelling {
-    /// GPT-2's: every byte is one printable character.
-    ByteLevel,
-    /// SentencePiece's: `▁` is a space, `<0x0A>` a single byte.
-    SentencePiece,
-    /// Tokens are their text.
-    Plain,
+enum Inner {
+    Json(Box<JsonTokenizer>),
+    Pieces(Box<PieceTokenizer>),
+}
+
+/// A tokenizer without `tokenizer.json`, and what its own file says about special tokens.
+struct Built {
+    pieces: PieceTokenizer,
+    /// `bos_token`, `eos_token`, … and their texts.
+    named: BTreeMap<String, String>,
+    bos: Option<u32>,
+    /// Ids that end a text.
+    eos: Vec<u32>,
 }
 
 impl Tokenizer {
-    /// Loads the tokenizer of a model directory. Truncation and padding that
-    /// `tokenizer.json` may carry from training are switched off: farm never cuts
-    /// a prompt silently.
-    ///
-    /// Errors (input): `tokenizer.json` is missing or not a tokenizer; one of the
-    /// JSON files beside it is unreadable.
+    /// The tokenizer of a model directory; see [`Tokenizer::open`].
     pub fn from_dir(dir: &Path) -> Result<Self> {
-        let path = dir.join("tokenizer.json");
-        let bytes = std::fs::read(&path).map_err(|error| {
-            let hint = match error.kind() {
-                std::io::ErrorKind::NotFound => {
-                    "; a model directory needs it (save one with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(DIR))"
-                }
-                _ => "",
-            };
-            Error::input(format!("tokenizer {}: {error}{hint}", path.display()))
-        })?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
-            .map_err(|error| Error::input(format!("tokenizer {}: {error}", path.display())))?;
-        inner
-            .with_truncation(None)
-            .map_err(|error| Error::input(format!("tokenizer {}: {error}", path.display())))?;
-        inner.with_padding(None);
+        Self::open(dir, None, None)
+    }
 
-        let special_tokens = special_tokens(dir)?;
-        let named =
-            |name: &str| special_tokens.get(name).and_then(|token| inner.token_to_id(token));
-        let eos_token_ids = match configured_ids(dir, "eos_token_id")? {
-            ids if ids.is_empty() => named("eos_token").into_iter().collect(),
-            ids => ids,
+    /// The tokenizer of a model.
+    ///
+    /// `tokenizer` (`--tokenizer`) is a `tokenizer.json`, a `tokenizer.model` or a
+    /// directory with one of them. Without it: a GGUF model's own vocabulary (`gguf`, its
+    /// metadata); `tokenizer.json` or `tokenizer.model` in the model's directory (a
+    /// file's is that it lies in); the `tokenizer.model` one directory up, where Meta's
+    /// downloads have it.
+    ///
+    /// Ids that begin and end a text: see [`Tokenizer::eos_token_ids`].
+    ///
+    /// Errors (input): nothing is there (the message lists where it was looked for), or
+    /// what is there is damaged.
+    pub fn open(model: &Path, tokenizer: Option<&Path>, gguf: Option<&Metadata>) -> Result<Self> {
+        let dir = directory(model);
+        if let (None, Some(metadata)) = (tokenizer, gguf)
+            && gguf::has_vocabulary(metadata)
+        {
+            let built = gguf::build(metadata)
+                .map_err(|error| error.context(format!("tokenizer of {}", model.display())))?;
+            return Ok(Self::from_built(built));
+        }
+        let path = match tokenizer {
+            Some(path) => given(path)?,
+            None => found(&dir)?,
         };
-        let bos_token_id = match configured_ids(dir, "bos_token_id")?.first() {
-            Some(&id) => Some(id),
-            None => named("bos_token"),
+        let ends = gguf.map(gguf::special_ids);
+        Self::from_file(&path, &dir, ends)
+            .map_err(|error| error.context(format!("tokenizer {}", path.display())))
+    }
+
+    fn from_built(built: Built) -> Self {
+        Self {
+            vocab_size: built.pieces.vocabulary.len(),
+            special_tokens: built.named,
+            eos_token_ids: built.eos,
+            bos_token_id: built.bos,
+            inner: Inner::Pieces(Box::new(built.pieces)),
+        }
+    }
+
+    /// `model_dir` and, behind it, the file's own directory may name special tokens;
+    /// `gguf` are the ids (BOS, EOS) of a GGUF model that is used with this file.
+    fn from_file(
+        path: &Path,
+        model_dir: &Path,
+        gguf: Option<(Option<u32>, Vec<u32>)>,
+    ) -> Result<Self> {
+        let dir = directory(path);
+        let bytes = std::fs::read(path).map_err(Error::input)?;
+        let mut tokenizer = if path.extension().is_some_and(|extension| extension == "json") {
+            Self::from_json(&bytes)?
+        } else if tiktoken::recognise(&bytes) {
+            Self::from_built(tiktoken::build(&bytes)?)
+        } else {
+            let (added, flags) = (added_tokens(&dir)?, SidecarFlags::read(&dir)?);
+            Self::from_built(sentencepiece::build(&bytes, added, flags)?)
         };
-        let vocab_size = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
-        let spelling = spelling(inner.get_decoder());
-        let added_tokens = inner.get_added_tokens_decoder().into_keys().collect();
+        tokenizer.special_tokens.extend(special_tokens(&dir)?);
+        let named = |name: &str| {
+            let text = tokenizer.special_tokens.get(name)?;
+            tokenizer.token_to_id(text)
+        };
+        let (named_bos, named_eos) = (named("bos_token"), named("eos_token"));
+        let (gguf_bos, gguf_eos) = gguf.unwrap_or_default();
+        let dirs = [model_dir, &dir];
+        let eos = configured_ids(&dirs, "eos_token_id")?;
+        // A bare file knows more ends than the one that is called EOS (Llama 3's turns).
+        let own = std::mem::take(&mut tokenizer.eos_token_ids);
+        let own = match named_eos {
+            Some(id) if !own.contains(&id) => vec![id],
+            _ => own,
+        };
+        tokenizer.eos_token_ids =
+            [eos, gguf_eos, own].into_iter().find(|ids| !ids.is_empty()).unwrap_or_default();
+        let bos = configured_ids(&dirs, "bos_token_id")?.first().copied();
+        tokenizer.bos_token_id = bos.or(gguf_bos).or(named_bos).or(tokenizer.bos_token_id);
+        Ok(tokenizer)
+    }
+
+    fn from_json(bytes: &[u8]) -> Result<Self> {
+        let json = JsonTokenizer::parse(bytes)?;
         Ok(Self {
-            inner,
-            spelling,
-            vocab_size,
-            added_tokens,
-            special_tokens,
-            eos_token_ids,
-            bos_token_id,
+            vocab_size: json.vocab_size(),
+            special_tokens: BTreeMap::new(),
+            eos_token_ids: Vec::new(),
+            bos_token_id: None,
+            inner: Inner::Json(Box::new(json)),
         })
     }
 
@@ -89,17 +161,25 @@ impl Tokenizer {
     /// itself adds (a BOS, say). Special tokens spelled out in the text are
     /// recognised, as HF does.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
-        self.inner
-            .encode_fast(text, add_special_tokens)
-            .map(|encoding| encoding.get_ids().to_vec())
-            .map_err(|error| Error::input(format!("the tokenizer refuses the text: {error}")))
+        match &self.inner {
+            Inner::Json(json) => json
+                .inner
+                .encode_fast(text, add_special_tokens)
+                .map(|encoding| encoding.get_ids().to_vec())
+                .map_err(|error| Error::input(format!("the tokenizer refuses the text: {error}"))),
+            Inner::Pieces(pieces) => Ok(pieces.encode(text, add_special_tokens)),
+        }
     }
 
     /// Text of `ids`; unknown ids are dropped, incomplete UTF-8 becomes U+FFFD.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
-        self.inner
-            .decode(ids, skip_special_tokens)
-            .map_err(|error| Error::fault(format!("the tokenizer cannot decode: {error}")))
+        match &self.inner {
+            Inner::Json(json) => json
+                .inner
+                .decode(ids, skip_special_tokens)
+                .map_err(|error| Error::fault(format!("the tokenizer cannot decode: {error}"))),
+            Inner::Pieces(pieces) => Ok(pieces.decode(ids, skip_special_tokens)),
+        }
     }
 
     /// Highest token id plus one. The model's own `vocab_size` may be larger (padding).
@@ -109,34 +189,34 @@ impl Tokenizer {
 
     /// The vocabulary's spelling of a token (`Ġthe`, `▁the`, `<0x0A>`).
     pub fn id_to_token(&self, id: u32) -> Option<String> {
-        self.inner.id_to_token(id)
+        match &self.inner {
+            Inner::Json(json) => json.inner.id_to_token(id),
+            Inner::Pieces(pieces) => pieces.vocabulary.get(id).map(|token| token.text.to_string()),
+        }
     }
 
     /// The id of a token in the vocabulary's spelling.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
-        self.inner.token_to_id(token)
+        match &self.inner {
+            Inner::Json(json) => json.inner.token_to_id(token),
+            Inner::Pieces(pieces) => pieces.vocabulary.id(token),
+        }
     }
 
     /// The bytes that a token stands for inside a text; they may be a part of a
     /// UTF-8 character. Empty for an unknown id.
     pub fn token_bytes(&self, id: u32) -> Vec<u8> {
-        let Some(token) = self.inner.id_to_token(id) else { return Vec::new() };
-        if self.added_tokens.contains(&id) {
-            return token.into_bytes();
-        }
-        match self.spelling {
-            Spelling::Plain => token.into_bytes(),
-            Spelling::ByteLevel => byte_level_bytes(&token),
-            Spelling::SentencePiece => match byte_fallback(&token) {
-                Some(byte) => vec![byte],
-                None => token.replace('▁', " ").into_bytes(),
-            },
+        match &self.inner {
+            Inner::Json(json) => json.token_bytes(id),
+            Inner::Pieces(pieces) => pieces.token_bytes(id),
         }
     }
 
     /// Ids that end a text: `eos_token_id` of `generation_config.json`, else of
-    /// `config.json` (an id or a list), else the tokenizer's `eos_token` — HF's
-    /// order. Empty if none is named.
+    /// `config.json` (an id or a list), both in the model's directory, else in the
+    /// tokenizer's; else those of the GGUF model; else the tokenizer's `eos_token` (HF's
+    /// order) or what its file has for one. A GGUF file that brings its own vocabulary is
+    /// asked alone. Empty if none is named.
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.eos_token_ids
     }
@@ -152,101 +232,57 @@ impl Tokenizer {
     }
 }
 
-/// The named special tokens of a model directory: every `…_token` of
-/// `tokenizer_config.json` that is a string or an object with `content`, and those
-/// of the older `special_tokens_map.json` that it leaves out.
-pub fn special_tokens(dir: &Path) -> Result<BTreeMap<String, String>> {
-    let mut tokens = BTreeMap::new();
-    for file in ["special_tokens_map.json", "tokenizer_config.json"] {
-        let Some(Value::Object(fields)) = read_json(&dir.join(file))? else { continue };
-        for (name, value) in fields.into_iter().filter(|(name, _)| name.ends_with("_token")) {
-            let text = value.as_str().or_else(|| value.get("content").and_then(Value::as_str));
-            if let Some(text) = text {
-                tokens.insert(name, text.to_string());
-            }
-        }
-    }
-    Ok(tokens)
+/// The special tokens that a GGUF file names, for its chat template; none if it has no
+/// vocabulary.
+pub fn gguf_special_tokens(metadata: &Metadata) -> BTreeMap<String, String> {
+    gguf::special_texts(metadata)
 }
 
-/// A JSON file, `None` if it is not there. Errors (input) name the file.
-pub fn read_json(path: &Path) -> Result<Option<Value>> {
-    let bytes = match std::fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(Error::input(format!("{}: {error}", path.display()))),
-    };
-    serde_json::from_slice(&bytes)
-        .map(Some)
-        .map_err(|error| Error::input(format!("{}: not valid JSON: {error}", path.display())))
-}
-
-/// `field` (an id or a list of ids) of `generation_config.json`, else of `config.json`.
-fn configured_ids(dir: &Path, field: &str) -> Result<Vec<u32>> {
-    for file in ["generation_config.json", "config.json"] {
-        let path = dir.join(file);
-        let Some(config) = read_json(&path)? else { continue };
-        let values = match config.get(field) {
-            None | Some(Value::Null) => continue,
-            Some(Value::Array(values)) => values.as_slice(),
-            Some(value) => std::slice::from_ref(value),
-        };
-        let id = |value: &Value| {
-            value.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| {
-                Error::input(format!(
-                    "{}: {field} must be a token id or a list of them, got {value}",
-                    path.display()
-                ))
-            })
-        };
-        let ids = values.iter().map(id).collect::<Result<Vec<_>>>()?;
-        if !ids.is_empty() {
-            return Ok(ids);
-        }
-    }
-    Ok(Vec::new())
-}
-
-fn spelling(decoder: Option<&DecoderWrapper>) -> Spelling {
-    match decoder {
-        Some(DecoderWrapper::ByteLevel(_)) => Spelling::ByteLevel,
-        Some(DecoderWrapper::ByteFallback(_) | DecoderWrapper::Metaspace(_)) => {
-            Spelling::SentencePiece
-        }
-        Some(DecoderWrapper::Sequence(sequence)) => sequence
-            .get_decoders()
-            .iter()
-            .map(|part| spelling(Some(part)))
-            .find(|&spelling| spelling != Spelling::Plain)
-            .unwrap_or(Spelling::Plain),
-        _ => Spelling::Plain,
+/// The path itself if it is a directory, else the one it lies in.
+fn directory(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if !path.is_dir() => match parent.as_os_str().is_empty() {
+            true => PathBuf::from("."),
+            false => parent.to_path_buf(),
+        },
+        _ => path.to_path_buf(),
     }
 }
 
-/// The byte of SentencePiece's `<0xNN>`.
-fn byte_fallback(token: &str) -> Option<u8> {
-    let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
-    (digits.len() == 2).then(|| u8::from_str_radix(digits, 16).ok())?
+const FILES: [&str; 2] = ["tokenizer.json", "tokenizer.model"];
+
+/// What `--tokenizer` means.
+fn given(path: &Path) -> Result<PathBuf> {
+    if path.is_dir() {
+        return first_of(FILES.map(|file| path.join(file)).to_vec(), "--tokenizer");
+    }
+    if path.extension().is_some_and(|extension| extension == "gguf") {
+        return Err(Error::usage(format!(
+            "--tokenizer {}: a GGUF file's vocabulary serves that file only; give a tokenizer.json or tokenizer.model",
+            path.display()
+        )));
+    }
+    first_of(vec![path.to_path_buf()], "--tokenizer")
 }
 
-/// Undoes GPT-2's `bytes_to_unicode`: the printable Latin-1 characters stand for
-/// themselves, the other 68 bytes, in order, are U+0100 and up. A character that
-/// is outside of the alphabet stands for its UTF-8.
-fn byte_level_bytes(token: &str) -> Vec<u8> {
-    let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
-    let mut bytes = Vec::with_capacity(token.len());
-    for character in token.chars() {
-        let code = character as u32;
-        let byte = match u8::try_from(code) {
-            Ok(byte) => printable(byte).then_some(byte),
-            Err(_) => (0..=u8::MAX).filter(|&byte| !printable(byte)).nth(code as usize - 0x100),
-        };
-        match byte {
-            Some(byte) => bytes.push(byte),
-            None => bytes.extend(character.encode_utf8(&mut [0; 4]).bytes()),
-        }
+/// The tokenizer of a model directory.
+fn found(dir: &Path) -> Result<PathBuf> {
+    let mut candidates = FILES.map(|file| dir.join(file)).to_vec();
+    // Without its symbolic links and dots a path has its parent.
+    let absolute = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
+    candidates.extend(absolute.parent().map(|parent| parent.join("tokenizer.model")));
+    first_of(candidates, "tokenizer")
+}
+
+fn first_of(candidates: Vec<PathBuf>, what: &str) -> Result<PathBuf> {
+    if let Some(path) = candidates.iter().find(|path| path.is_file()) {
+        return Ok(path.clone());
     }
-    bytes
+    let list: Vec<_> = candidates.iter().map(|path| path.display().to_string()).collect();
+    Err(Error::input(format!(
+        "{what}: none of these is there: {}. Give one by --tokenizer, or save it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(DIR)",
+        list.join(", ")
+    )))
 }
 
 /// Tokenizers written by hand, for tests here and in [`crate::prompts`].
@@ -357,14 +393,75 @@ mod tests {
         }
     }
 
-    /// Logprobs report tokens by their bytes; both spellings must be undone.
+    /// A directory of the goldens.
+    fn golden(kind: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokenizers").join(kind)
+    }
+
     #[test]
-    fn token_bytes_undo_the_spelling() {
-        assert_eq!(byte_level_bytes("Ġthe"), b" the");
-        assert_eq!(byte_level_bytes("Ċ"), b"\n");
-        assert_eq!(byte_level_bytes("Ã©"), "é".as_bytes());
-        assert_eq!(byte_level_bytes("\u{143}"), [0xad]);
-        assert_eq!(byte_fallback("<0x0A>"), Some(b'\n'));
-        assert_eq!((byte_fallback("<0x>"), byte_fallback("<s>")), (None, None));
+    fn a_tokenizer_is_looked_for_beside_the_model_then_above_it_as_meta_keeps_it() {
+        let parent = tempfile::tempdir().unwrap();
+        let model = parent.path().join("llama-2-7b");
+        std::fs::create_dir(&model).unwrap();
+        let weights = model.join("consolidated.00.pth");
+        let ends =
+            |path: &Path| Tokenizer::open(path, None, None).map(|t| t.eos_token_ids().to_vec());
+        let message = ends(&weights).unwrap_err().message;
+        for place in ["7b/tokenizer.json", "7b/tokenizer.model", "--tokenizer"] {
+            assert!(message.contains(place), "{message}");
+        }
+        let put = |kind: &str, to: PathBuf| {
+            std::fs::copy(golden(kind).join("tokenizer.model"), to).unwrap();
+        };
+        put("tiktoken", parent.path().join("tokenizer.model"));
+        assert_eq!(ends(&model).unwrap().len(), 3);
+        put("spm_bpe", model.join("tokenizer.model"));
+        write(&model, "consolidated.00.pth", "");
+        assert_eq!((ends(&model).unwrap(), ends(&weights).unwrap()), (vec![2], vec![2]));
+        write(&model, "tokenizer_config.json", r#"{"eos_token": "<unk>"}"#);
+        assert_eq!(ends(&model).unwrap(), [0]);
+        write(&model, "generation_config.json", r#"{"eos_token_id": [7, 2]}"#);
+        assert_eq!(ends(&model).unwrap(), [7, 2]);
+    }
+
+    #[test]
+    fn a_given_tokenizer_goes_before_the_models_own() {
+        use crate::model::checkpoint::gguf::Value as Meta;
+        let dir = tempfile::tempdir().unwrap();
+        write_words(dir.path());
+        let file = dir.path().join("model.gguf");
+        write(dir.path(), "model.gguf", "");
+        let mut metadata = Metadata::default();
+        metadata.0.insert("tokenizer.ggml.eos_token_id".into(), Meta::Int(4));
+        let size = |tokenizer: Option<&Path>, metadata: &Metadata| {
+            let tokenizer = Tokenizer::open(&file, tokenizer, Some(metadata))?;
+            Ok::<_, Error>((tokenizer.vocab_size(), tokenizer.eos_token_ids().to_vec()))
+        };
+        // No vocabulary in the file: the directory's, with the ids that the file names.
+        assert_eq!(size(None, &metadata).unwrap(), (6, vec![4]));
+        let tokens = ["<unk>", "<s>", "</s>", "▁", "a"].map(String::from).to_vec();
+        metadata.0.insert("tokenizer.ggml.model".into(), Meta::String("llama".into()));
+        metadata.0.insert("tokenizer.ggml.tokens".into(), Meta::Strings(tokens));
+        assert_eq!(size(None, &metadata).unwrap(), (5, vec![4, 2]));
+        assert_eq!(size(Some(dir.path()), &metadata).unwrap().0, 6);
+        assert_eq!(
+            size(Some(&golden("spm_bpe").join("tokenizer.model")), &metadata).unwrap().0,
+            800
+        );
+        for wrong in ["other.gguf", "nowhere", "model.gguf"] {
+            let error = size(Some(&dir.path().join(wrong)), &metadata).unwrap_err();
+            assert!(error.message.contains(wrong), "{error}");
+        }
+        metadata.0.insert("tokenizer.ggml.eos_token_id".into(), Meta::Int(5));
+        let message = size(None, &metadata).unwrap_err().message;
+        assert!(message.contains("model.gguf") && message.contains("eos_token_id"), "{message}");
+    }
+
+    #[test]
+    fn a_file_has_no_files_in_it() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "model.gguf", "");
+        let inside = dir.path().join("model.gguf").join("generation_config.json");
+        assert_eq!(read_json(&inside).unwrap(), None);
     }
 }
