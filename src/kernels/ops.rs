@@ -107,7 +107,10 @@ unsafe fn layer_norm_row<S: Simd>(
         for i in (0..whole).step_by(LANES) {
             let v = S::sub(S::load(x.as_ptr().add(i)), S::splat(mean));
             let v = S::mul(S::mul(v, S::splat(scale)), S::load(weight.as_ptr().add(i)));
-            let b = bias.map_or(S::splat(0.0), |b| S::load(b.as_ptr().add(i)));
+            let b = match bias {
+                Some(bias) => S::load(bias.as_ptr().add(i)),
+                None => S::splat(0.0),
+            };
             S::store(out.as_mut_ptr().add(i), S::add(v, b));
         }
         for i in whole..x.len() {
@@ -177,7 +180,7 @@ unsafe fn gelu<S: Simd>(x: S::V) -> S::V {
 }
 
 /// `tanh(x)` to a relative 4e-7: near zero a polynomial (Cephes' tanhf), and what is beyond
-/// 0.625 by the theorem of addition, with `tanh(y) = 1 - 2 / (e^2y + 1)`. NaN stays NaN.
+/// 0.625 by the theorem of addition, with `tanh(y) = (e^2y - 1) / (e^2y + 1)`. NaN stays NaN.
 ///
 /// # Safety
 /// As [`Simd`].
@@ -193,10 +196,11 @@ pub(super) unsafe fn tanh<S: Simd>(x: S::V) -> S::V {
             p = S::fma(p, square, S::splat(c));
         }
         let a = S::fma(S::mul(p, square), near, near);
+        // b = m / p, and (a + b) / (1 + ab) with one division.
         let far = S::sub(x, near);
-        let e = S::add(simd::exp::<S>(S::add(far, far)), S::splat(1.0));
-        let b = S::sub(S::splat(1.0), S::div(S::splat(2.0), e));
-        S::div(S::add(a, b), S::fma(a, b, S::splat(1.0)))
+        let e = simd::exp::<S>(S::add(far, far));
+        let (m, p) = (S::sub(e, S::splat(1.0)), S::add(e, S::splat(1.0)));
+        S::div(S::fma(a, p, m), S::fma(a, m, p))
     }
 }
 
@@ -335,7 +339,7 @@ unsafe fn softcap_chunk<S: Simd>(x: &mut [f32], cap: f32) {
 #[inline(always)]
 pub(super) unsafe fn capped<S: Simd>(x: S::V, cap: f32) -> S::V {
     // SAFETY: the caller's contract is Simd's.
-    unsafe { S::mul(S::splat(cap), tanh::<S>(S::div(x, S::splat(cap)))) }
+    unsafe { S::mul(S::splat(cap), tanh::<S>(S::mul(x, S::splat(1.0 / cap)))) }
 }
 
 /// Calls `task` on parts of `x` and their ranges, on the rank's threads.

@@ -224,7 +224,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(forward(&whole(2, true), &[]), []);
+        assert!(forward(&whole(2, true), &[]).is_empty());
     }
 
     #[test]
