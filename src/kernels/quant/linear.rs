@@ -17,7 +17,7 @@ use super::super::simd::{Avx2, Avx512};
 use super::super::simd::{LANES, Scalar, Simd};
 use super::super::{Tier, tier};
 use super::QuantMatrix;
-use super::format::{Format, Unpacked, with_format};
+use super::format::{Format, MAX_LEN, Unpacked, with_format};
 
 /// Quantized bytes that one task streams.
 const TASK_BYTES: usize = 64 << 10;
@@ -25,7 +25,7 @@ const TASK_BYTES: usize = 64 << 10;
 const BUFFER_BYTES: usize = 256 << 10;
 
 /// Tiles of rows that prefetching looks ahead.
-const AHEAD: usize = 2;
+const AHEAD: usize = 4;
 /// Rows of activations that a tile of [`TILE_ROWS`] rows of weights leaves room for in
 /// the 32 registers of AVX-512.
 const TILE_AVX512: usize = 4;
@@ -56,7 +56,7 @@ pub(super) fn linear_in_tier(
     assert_eq!(out.len(), m * w.rows);
     assert!(bias.is_none_or(|b| b.len() == w.rows));
     // In registers, the vectors of a row and those of its blocks must begin together.
-    let fused = w.skip % LANES == 0 && m <= max_fused(tier);
+    let fused = w.skip.is_multiple_of(LANES) && m <= max_fused(tier);
     let row_bytes = if fused {
         w.row_blocks() * w.quant.block_bytes()
     } else {
@@ -235,9 +235,12 @@ unsafe fn run_buffered<F: Format>(tier: Tier, w: &Quantized) {
     let near = p.m * p.cols * size_of::<f32>() <= ACTIVATION_BYTES;
     let step = if near { TILE_ROWS } else { p.rows };
     BUFFER.with_borrow_mut(|buffer| {
-        if buffer.len() < step * stride {
-            buffer.resize(step * stride, 0.0);
+        // Vectors that begin at lines of the cache load twice as fast.
+        if buffer.len() < step * stride + LANES {
+            buffer.resize(step * stride + LANES, 0.0);
         }
+        let start = buffer.as_ptr().align_offset(64).min(LANES);
+        let buffer = &mut buffer[start..];
         for first in (0..p.rows).step_by(step) {
             let rows = step.min(p.rows - first);
             // SAFETY: rows `first..first + rows` are in the panel, and the buffer holds them.
@@ -320,17 +323,23 @@ unsafe fn tile<S: Simd, F: Format, const M: usize, const N: usize>(
         // Where column 0 of the blocks would be.
         let x = p.x.add(i * p.cols).wrapping_sub(w.skip);
         let end = w.skip + p.cols;
-        let mut acc = [[S::splat(0.0); N]; M];
+        let mut held = [[S::splat(0.0); N]; M];
         let mut b = 0;
         if w.skip > 0 {
             unpack::<S, F, N>(rows, p.stride, unpacked);
             let values = w.skip..end.min(F::LEN);
-            part_of_block::<S, F, M, N>(&mut acc, p, x, rows, unpacked, values);
+            part_of_block::<S, F, M, N>(&mut held, p, x, rows, unpacked, values);
             b = 1;
         }
         while (b + 1) * F::LEN <= end {
             let block = rows.add(b * size_of::<F::Block>());
             unpack::<S, F, N>(block, p.stride, unpacked);
+            // While a long block is taken apart the sums wait in memory, else the constants
+            // of that leave too few registers for the multiplications.
+            if F::LEN == MAX_LEN {
+                std::hint::black_box(&mut held);
+            }
+            let mut acc = held;
             for v in (0..F::LEN / LANES).step_by(F::GROUP / LANES) {
                 let mut groups = [group::<S, F>(&unpacked[0], v); N];
                 for n in 1..N {
@@ -351,18 +360,19 @@ unsafe fn tile<S: Simd, F: Format, const M: usize, const N: usize>(
                     }
                 }
             }
+            held = acc;
             b += 1;
         }
         if b < w.blocks {
             let block = rows.add(b * size_of::<F::Block>());
             unpack::<S, F, N>(block, p.stride, unpacked);
             let (x, values) = (x.wrapping_add(b * F::LEN), 0..end - b * F::LEN);
-            part_of_block::<S, F, M, N>(&mut acc, p, x, block, unpacked, values);
+            part_of_block::<S, F, M, N>(&mut held, p, x, block, unpacked, values);
         }
         for m in 0..M {
             for n in 0..N {
                 let bias = if p.bias.is_null() { 0.0 } else { *p.bias.add(row + n) };
-                *p.out.add((i + m) * p.out_stride + row + n) = S::sum(acc[m][n]) + bias;
+                *p.out.add((i + m) * p.out_stride + row + n) = S::sum(held[m][n]) + bias;
             }
         }
     }
