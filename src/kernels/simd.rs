@@ -30,8 +30,10 @@ pub trait Simd: Copy {
     unsafe fn load_i8(p: *const i8) -> Self::V;
     /// Lane i of the table for each of 16 bytes, i its low four bits.
     unsafe fn lookup(table: Self::V, p: *const i8) -> Self::V;
-    /// The f16 with these bits, widened exactly.
-    unsafe fn f16(bits: u16) -> f32;
+    /// 32 bytes, 16 where the bit is set, else 0.
+    unsafe fn fifth_bits(bits: u32) -> [u8; 32];
+    /// The f16s in the low and the high half of `bits`, widened exactly.
+    unsafe fn f16_pair(bits: u32) -> (f32, f32);
     /// 16 values to memory.
     unsafe fn store(p: *mut f32, v: Self::V);
     /// `a * b + c`, rounded once.
@@ -104,8 +106,12 @@ impl Simd for Scalar {
         unsafe { p.cast::<[i8; LANES]>().read() }.map(|i| table[i as usize % LANES])
     }
     #[inline(always)]
-    unsafe fn f16(bits: u16) -> f32 {
-        f16::from_bits(bits).to_f32()
+    unsafe fn fifth_bits(bits: u32) -> [u8; 32] {
+        std::array::from_fn(|i| (bits >> i & 1) as u8 * 16)
+    }
+    #[inline(always)]
+    unsafe fn f16_pair(bits: u32) -> (f32, f32) {
+        (f16::from_bits(bits as u16).to_f32(), f16::from_bits((bits >> 16) as u16).to_f32())
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: Self::V) {
@@ -227,9 +233,26 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn f16(bits: u16) -> f32 {
+        unsafe fn fifth_bits(bits: u32) -> [u8; 32] {
+            // SAFETY: see above; vectors and arrays of bytes are the same bytes.
+            unsafe {
+                // Byte i / 8 of the bits in byte i, then its bit i % 8 alone.
+                let byte = _mm256_setr_epi64x(
+                    0,
+                    0x0101_0101_0101_0101,
+                    0x0202_0202_0202_0202,
+                    0x0303_0303_0303_0303,
+                );
+                let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+                let spread = _mm256_shuffle_epi8(_mm256_set1_epi32(bits as i32), byte);
+                let set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
+                std::mem::transmute(_mm256_and_si256(set, _mm256_set1_epi8(16)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn f16_pair(bits: u32) -> (f32, f32) {
             // SAFETY: see above.
-            unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits)))) }
+            unsafe { f16_pair(bits) }
         }
         #[inline(always)]
         unsafe fn store(p: *mut f32, v: Self::V) {
@@ -308,6 +331,24 @@ mod x86 {
         }
     }
 
+    #[inline(always)]
+    unsafe fn f16_pair(bits: u32) -> (f32, f32) {
+        let pair: __m128i;
+        // SAFETY: AVX and F16C by the caller; the instruction only moves a register.
+        unsafe {
+            // Spelled out: where one half goes unused the compiler would insert the other
+            // into whatever a register held, and wait for that.
+            std::arch::asm!(
+                "vmovd {pair}, {bits:e}",
+                pair = lateout(xmm_reg) pair,
+                bits = in(reg) bits,
+                options(pure, nomem, nostack, preserves_flags)
+            );
+            let pair = _mm_cvtph_ps(pair);
+            (_mm_cvtss_f32(pair), _mm_cvtss_f32(_mm_movehdup_ps(pair)))
+        }
+    }
+
     /// One 512-bit vector; needs AVX-512 F, BW, DQ and VL.
     #[derive(Clone, Copy)]
     pub struct Avx512;
@@ -354,9 +395,14 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn f16(bits: u16) -> f32 {
-            // SAFETY: see above; F16C is among the tier's features.
-            unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits)))) }
+        unsafe fn fifth_bits(bits: u32) -> [u8; 32] {
+            // SAFETY: see above; vectors and arrays of bytes are the same bytes.
+            unsafe { std::mem::transmute(_mm256_maskz_set1_epi8(bits, 16)) }
+        }
+        #[inline(always)]
+        unsafe fn f16_pair(bits: u32) -> (f32, f32) {
+            // SAFETY: see above.
+            unsafe { f16_pair(bits) }
         }
         #[inline(always)]
         unsafe fn store(p: *mut f32, v: Self::V) {

@@ -38,6 +38,8 @@ pub(super) trait Format {
     /// For types of four bits: the values that the bits 0 to 15 stand for. A product
     /// is then looked up rather than computed.
     const CODES: Option<[f32; LANES]> = None;
+    /// Where a block holds its integers as they are; [`Unpacked::q`] then stays unset.
+    const BYTES_AT: Option<usize> = None;
 
     /// Takes a block apart.
     ///
@@ -63,14 +65,14 @@ macro_rules! with_format {
 }
 pub(super) use with_format;
 
-/// The f16 at `at`, little-endian.
+/// The two f16s from `at`; types with one f16 ignore their neighbour's bytes.
 ///
 /// # Safety
 /// The CPU features of `S`.
 #[inline(always)]
-unsafe fn half<S: Simd>(block: &[u8], at: usize) -> f32 {
+unsafe fn halves<S: Simd>(block: &[u8], at: usize) -> (f32, f32) {
     // SAFETY: the caller's.
-    unsafe { S::f16(u16::from_le_bytes([block[at], block[at + 1]])) }
+    unsafe { S::f16_pair(u32::from_le_bytes(*part(block, at))) }
 }
 
 /// Low and high halves of 16 bytes: values 0..16 and 16..32.
@@ -82,17 +84,17 @@ fn nibbles(bytes: &[u8; 16], q: &mut [i8; MAX_LEN]) {
     }
 }
 
-/// Sets bit 4 of value i where bit i of `high` is set.
+/// As [`nibbles`], with bit i of the 32 of `high` as value i's fifth, less `zero`.
+///
+/// # Safety
+/// The CPU features of `S`.
 #[inline(always)]
-fn fifth_bits(high: [u8; 4], q: &mut [i8; MAX_LEN]) {
-    for j in 0..4 {
-        // Bit l of the byte, alone in byte l; then any bit of a byte moved to its bit 4.
-        let spread = (u64::from(high[j]) * 0x0101_0101_0101_0101) & 0x8040_2010_0804_0201;
-        let fifth = ((spread + 0x7f7f_7f7f_7f7f_7f7f) & 0x8080_8080_8080_8080) >> 3;
-        let fifth = fifth.to_le_bytes();
-        for l in 0..8 {
-            q[j * 8 + l] |= fifth[l] as i8;
-        }
+unsafe fn five_bits<S: Simd>(high: u32, bytes: &[u8; 16], zero: i8, q: &mut [i8; MAX_LEN]) {
+    // SAFETY: the caller's.
+    let fifth = unsafe { S::fifth_bits(high) };
+    for l in 0..16 {
+        q[l] = (bytes[l] & 15 | fifth[l]) as i8 - zero;
+        q[l + 16] = (bytes[l] >> 4 | fifth[l + 16]) as i8 - zero;
     }
 }
 
@@ -120,7 +122,7 @@ impl Format for Q4_0 {
     #[inline(always)]
     unsafe fn unpack<S: Simd>(block: &Self::Block, to: &mut Unpacked) {
         // SAFETY: the caller's.
-        to.scale[0] = unsafe { half::<S>(block, 0) };
+        (to.scale[0], _) = unsafe { halves::<S>(block, 0) };
         nibbles(part(block, 2), &mut to.q);
     }
 }
@@ -137,8 +139,10 @@ impl Format for Q4_1 {
 
     #[inline(always)]
     unsafe fn unpack<S: Simd>(block: &Self::Block, to: &mut Unpacked) {
-        // SAFETY: the caller's. Subtracting the negated offset is adding it.
-        (to.scale[0], to.min[0]) = unsafe { (half::<S>(block, 0), -half::<S>(block, 2)) };
+        // SAFETY: the caller's.
+        (to.scale[0], to.min[0]) = unsafe { halves::<S>(block, 0) };
+        // Subtracting the negated offset is adding it.
+        to.min[0] = -to.min[0];
         nibbles(part(block, 4), &mut to.q);
     }
 }
@@ -155,12 +159,10 @@ impl Format for Q5_0 {
     #[inline(always)]
     unsafe fn unpack<S: Simd>(block: &Self::Block, to: &mut Unpacked) {
         // SAFETY: the caller's.
-        to.scale[0] = unsafe { half::<S>(block, 0) };
-        nibbles(part(block, 6), &mut to.q);
-        fifth_bits(*part(block, 2), &mut to.q);
-        for l in 0..32 {
-            to.q[l] -= 16;
-        }
+        (to.scale[0], _) = unsafe { halves::<S>(block, 0) };
+        let high = u32::from_le_bytes(*part(block, 2));
+        // SAFETY: the caller's.
+        unsafe { five_bits::<S>(high, part(block, 6), 16, &mut to.q) };
     }
 }
 
@@ -176,9 +178,11 @@ impl Format for Q5_1 {
     #[inline(always)]
     unsafe fn unpack<S: Simd>(block: &Self::Block, to: &mut Unpacked) {
         // SAFETY: the caller's.
-        (to.scale[0], to.min[0]) = unsafe { (half::<S>(block, 0), -half::<S>(block, 2)) };
-        nibbles(part(block, 8), &mut to.q);
-        fifth_bits(*part(block, 4), &mut to.q);
+        (to.scale[0], to.min[0]) = unsafe { halves::<S>(block, 0) };
+        to.min[0] = -to.min[0];
+        let high = u32::from_le_bytes(*part(block, 4));
+        // SAFETY: the caller's.
+        unsafe { five_bits::<S>(high, part(block, 8), 0, &mut to.q) };
     }
 }
 
@@ -190,14 +194,12 @@ impl Format for Q8_0 {
     const LEN: usize = 32;
     const GROUP: usize = 32;
     const MIN: bool = false;
+    const BYTES_AT: Option<usize> = Some(2);
 
     #[inline(always)]
     unsafe fn unpack<S: Simd>(block: &Self::Block, to: &mut Unpacked) {
         // SAFETY: the caller's.
-        to.scale[0] = unsafe { half::<S>(block, 0) };
-        for l in 0..32 {
-            to.q[l] = block[2 + l] as i8;
-        }
+        (to.scale[0], _) = unsafe { halves::<S>(block, 0) };
     }
 }
 
@@ -214,7 +216,7 @@ impl Format for Q2_K {
     #[inline(always)]
     unsafe fn unpack<S: Simd>(block: &Self::Block, to: &mut Unpacked) {
         // SAFETY: the caller's.
-        let (d, dmin) = unsafe { (half::<S>(block, 80), half::<S>(block, 82)) };
+        let (d, dmin) = unsafe { halves::<S>(block, 80) };
         for g in 0..16 {
             to.scale[g] = d * f32::from(block[g] & 15);
             to.min[g] = dmin * f32::from(block[g] >> 4);
@@ -250,7 +252,7 @@ impl Format for Q3_K {
     #[inline(always)]
     unsafe fn unpack<S: Simd>(block: &Self::Block, to: &mut Unpacked) {
         // SAFETY: the caller's.
-        let d = unsafe { half::<S>(block, 108) };
+        let (_, d) = unsafe { halves::<S>(block, 106) };
         // Scale g: its low nibble in byte g % 8, its high bits in byte 8 + g % 4.
         let a = u32::from_le_bytes(*part(block, 96));
         let b = u32::from_le_bytes(*part(block, 100));
@@ -312,7 +314,7 @@ impl Format for Q4_K {
     #[inline(always)]
     unsafe fn unpack<S: Simd>(block: &Self::Block, to: &mut Unpacked) {
         // SAFETY: the caller's.
-        let (d, dmin) = unsafe { (half::<S>(block, 0), half::<S>(block, 2)) };
+        let (d, dmin) = unsafe { halves::<S>(block, 0) };
         six_bit_scales(part(block, 4), d, dmin, to);
         wide_nibbles(part(block, 16), &mut to.q);
     }
@@ -331,7 +333,7 @@ impl Format for Q5_K {
     #[inline(always)]
     unsafe fn unpack<S: Simd>(block: &Self::Block, to: &mut Unpacked) {
         // SAFETY: the caller's.
-        let (d, dmin) = unsafe { (half::<S>(block, 0), half::<S>(block, 2)) };
+        let (d, dmin) = unsafe { halves::<S>(block, 0) };
         six_bit_scales(part(block, 4), d, dmin, to);
         wide_nibbles(part(block, 48), &mut to.q);
         let fifth: &[u8; 32] = part(block, 16);
@@ -357,7 +359,7 @@ impl Format for Q6_K {
     #[inline(always)]
     unsafe fn unpack<S: Simd>(block: &Self::Block, to: &mut Unpacked) {
         // SAFETY: the caller's.
-        let d = unsafe { half::<S>(block, 208) };
+        let (_, d) = unsafe { halves::<S>(block, 206) };
         for g in 0..16 {
             to.scale[g] = d * f32::from(block[192 + g] as i8);
         }

@@ -8,6 +8,7 @@
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use super::super::gemm::{self, ACTIVATION_BYTES, Panel, TILE_ROWS, padded};
 use super::super::parallel::{self, SharedMut};
@@ -16,7 +17,7 @@ use super::super::simd::{Avx2, Avx512};
 use super::super::simd::{LANES, Scalar, Simd};
 use super::super::{Tier, tier};
 use super::QuantMatrix;
-use super::format::{Format, Unpacked, with_format};
+use super::format::{Format, MAX_LEN, Unpacked, with_format};
 
 /// Quantized bytes that one task streams.
 const TASK_BYTES: usize = 64 << 10;
@@ -24,10 +25,10 @@ const TASK_BYTES: usize = 64 << 10;
 const BUFFER_BYTES: usize = 256 << 10;
 
 /// Tiles of rows that prefetching looks ahead.
-const AHEAD: usize = 2;
+const AHEAD: usize = 4;
 /// Rows of activations that a tile of [`TILE_ROWS`] rows of weights leaves room for in
 /// the 32 registers of AVX-512.
-const MAX_FUSED_AVX512: usize = 4;
+const TILE_AVX512: usize = 4;
 
 thread_local! {
     static BUFFER: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
@@ -54,9 +55,8 @@ pub(super) fn linear_in_tier(
     assert_eq!(x.len(), m * w.cols);
     assert_eq!(out.len(), m * w.rows);
     assert!(bias.is_none_or(|b| b.len() == w.rows));
-    // The vectors of a row and of its blocks begin together, and dequantizing for each
-    // few rows again is no dearer than through a buffer.
-    let fused = w.skip % LANES == 0 && m <= max_fused(tier);
+    // In registers, the vectors of a row and those of its blocks must begin together.
+    let fused = w.skip.is_multiple_of(LANES) && m <= max_fused(tier);
     let row_bytes = if fused {
         w.row_blocks() * w.quant.block_bytes()
     } else {
@@ -93,9 +93,10 @@ pub(super) fn linear_in_tier(
     });
 }
 
-/// Rows of activations up to which values stay in registers.
+/// Rows of activations up to which values stay in registers: taking blocks apart for
+/// two tiles is still no dearer than the way through a buffer.
 fn max_fused(tier: Tier) -> usize {
-    if tier == Tier::Avx512 { MAX_FUSED_AVX512 } else { 1 }
+    if tier == Tier::Avx512 { 2 * TILE_AVX512 } else { 1 }
 }
 
 /// Some rows of quantized weights against all activations; the panel's stride is in bytes.
@@ -131,10 +132,19 @@ unsafe fn group<S: Simd, F: Format>(u: &Unpacked, v: usize) -> Group<S> {
 
 /// Values `16 v ..` of the block, of its group `group`.
 #[inline(always)]
-unsafe fn values<S: Simd, F: Format>(group: &Group<S>, u: &Unpacked, v: usize) -> S::V {
+unsafe fn values<S: Simd, F: Format>(
+    group: &Group<S>,
+    block: *const u8,
+    u: &Unpacked,
+    v: usize,
+) -> S::V {
     // SAFETY: `v` is inside the block; the features are the caller's.
     unsafe {
-        let q = u.q.as_ptr().add(v * LANES);
+        let q = match F::BYTES_AT {
+            Some(at) => block.add(at).cast(),
+            None => u.q.as_ptr(),
+        };
+        let q = q.add(v * LANES);
         if F::CODES.is_some() {
             return S::lookup(group.table, q);
         }
@@ -158,7 +168,7 @@ unsafe fn in_tier<K: Kernel>(tier: Tier, kernel: K) {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     unsafe fn avx512<K: Kernel>(kernel: K) {
         // SAFETY: the features are on.
-        unsafe { kernel.run::<Avx512, MAX_FUSED_AVX512>() }
+        unsafe { kernel.run::<Avx512, TILE_AVX512>() }
     }
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -201,9 +211,10 @@ pub(super) unsafe fn dequantize<F: Format>(
             for b in 0..self.count {
                 // SAFETY: the caller's; a block of bytes needs no alignment.
                 unsafe {
-                    F::unpack::<S>(&*self.blocks.cast::<F::Block>().add(b), &mut u);
+                    let block = self.blocks.add(b * size_of::<F::Block>());
+                    F::unpack::<S>(&*block.cast(), &mut u);
                     for v in 0..F::LEN / LANES {
-                        let w = values::<S, F>(&group::<S, F>(&u, v), &u, v);
+                        let w = values::<S, F>(&group::<S, F>(&u, v), block, &u, v);
                         S::store(self.out.add(b * F::LEN + v * LANES), w);
                     }
                 }
@@ -224,9 +235,12 @@ unsafe fn run_buffered<F: Format>(tier: Tier, w: &Quantized) {
     let near = p.m * p.cols * size_of::<f32>() <= ACTIVATION_BYTES;
     let step = if near { TILE_ROWS } else { p.rows };
     BUFFER.with_borrow_mut(|buffer| {
-        if buffer.len() < step * stride {
-            buffer.resize(step * stride, 0.0);
+        // Vectors that begin at lines of the cache load twice as fast.
+        if buffer.len() < step * stride + LANES {
+            buffer.resize(step * stride + LANES, 0.0);
         }
+        let start = buffer.as_ptr().align_offset(64).min(LANES);
+        let buffer = &mut buffer[start..];
         for first in (0..p.rows).step_by(step) {
             let rows = step.min(p.rows - first);
             // SAFETY: rows `first..first + rows` are in the panel, and the buffer holds them.
@@ -305,74 +319,105 @@ unsafe fn tile<S: Simd, F: Format, const M: usize, const N: usize>(
     // SAFETY: the caller keeps `i + M <= m` and `row + N <= rows`; a row of weights has
     // `blocks` blocks, and of their values only `skip..skip + cols` meet activations.
     unsafe {
-        let x = p.x.add(i * p.cols);
         let rows = p.w.add(row * p.stride);
-        let mut acc = [[S::splat(0.0); N]; M];
+        // Where column 0 of the blocks would be.
+        let x = p.x.add(i * p.cols).wrapping_sub(w.skip);
         let end = w.skip + p.cols;
-        for b in 0..w.blocks {
-            for n in 0..N {
-                let block = rows.add(n * p.stride + b * size_of::<F::Block>());
-                // The next rows, as gemm does.
-                for line in (0..size_of::<F::Block>()).step_by(64) {
-                    S::prefetch(block.wrapping_add(AHEAD * N * p.stride + line));
-                }
-                F::unpack::<S>(&*block.cast::<F::Block>(), &mut unpacked[n]);
+        let mut held = [[S::splat(0.0); N]; M];
+        let mut b = 0;
+        if w.skip > 0 {
+            unpack::<S, F, N>(rows, p.stride, unpacked);
+            let values = w.skip..end.min(F::LEN);
+            part_of_block::<S, F, M, N>(&mut held, p, x, rows, unpacked, values);
+            b = 1;
+        }
+        while (b + 1) * F::LEN <= end {
+            let block = rows.add(b * size_of::<F::Block>());
+            unpack::<S, F, N>(block, p.stride, unpacked);
+            // While a long block is taken apart the sums wait in memory, else the constants
+            // of that leave too few registers for the multiplications.
+            if F::LEN == MAX_LEN {
+                std::hint::black_box(&mut held);
             }
-            let from = if b == 0 { w.skip } else { 0 };
-            let to = F::LEN.min(end - b * F::LEN);
-            let x = x.wrapping_add(b * F::LEN).wrapping_sub(w.skip);
-            if from == 0 && to == F::LEN {
-                for v in (0..F::LEN / LANES).step_by(F::GROUP / LANES) {
-                    let mut groups = [group::<S, F>(&unpacked[0], v); N];
-                    for n in 1..N {
-                        groups[n] = group::<S, F>(&unpacked[n], v);
-                    }
-                    for v in v..v + F::GROUP / LANES {
-                        let xs = load_rows::<S, M>(x.add(v * LANES), p.cols);
-                        for n in 0..N {
-                            let w = values::<S, F>(&groups[n], &unpacked[n], v);
-                            for m in 0..M {
-                                acc[m][n] = S::fma(xs[m], w, acc[m][n]);
-                            }
-                        }
-                    }
+            let mut acc = held;
+            for v in (0..F::LEN / LANES).step_by(F::GROUP / LANES) {
+                let mut groups = [group::<S, F>(&unpacked[0], v); N];
+                for n in 1..N {
+                    groups[n] = group::<S, F>(&unpacked[n], v);
                 }
-            } else {
-                for v in from / LANES..to.div_ceil(LANES) {
-                    let left = LANES.min(to - v * LANES);
-                    let x = x.wrapping_add(v * LANES);
+                for v in v..v + F::GROUP / LANES {
+                    // (A closure might not be compiled with the tier's instructions.)
+                    let mut xs = [S::splat(0.0); M];
+                    for m in 0..M {
+                        xs[m] = S::load(x.wrapping_add(b * F::LEN + v * LANES + m * p.cols));
+                    }
                     for n in 0..N {
-                        let u = &unpacked[n];
-                        let mut w = [0.0; LANES];
-                        S::store(w.as_mut_ptr(), values::<S, F>(&group::<S, F>(u, v), u, v));
-                        let w = S::load(padded(w.as_ptr(), left).as_ptr());
+                        let w =
+                            values::<S, F>(&groups[n], block.add(n * p.stride), &unpacked[n], v);
                         for m in 0..M {
-                            let x = padded(x.wrapping_add(m * p.cols), left);
-                            acc[m][n] = S::fma(S::load(x.as_ptr()), w, acc[m][n]);
+                            acc[m][n] = S::fma(xs[m], w, acc[m][n]);
                         }
                     }
                 }
             }
+            held = acc;
+            b += 1;
+        }
+        if b < w.blocks {
+            let block = rows.add(b * size_of::<F::Block>());
+            unpack::<S, F, N>(block, p.stride, unpacked);
+            let (x, values) = (x.wrapping_add(b * F::LEN), 0..end - b * F::LEN);
+            part_of_block::<S, F, M, N>(&mut held, p, x, block, unpacked, values);
         }
         for m in 0..M {
             for n in 0..N {
                 let bias = if p.bias.is_null() { 0.0 } else { *p.bias.add(row + n) };
-                *p.out.add((i + m) * p.out_stride + row + n) = S::sum(acc[m][n]) + bias;
+                *p.out.add((i + m) * p.out_stride + row + n) = S::sum(held[m][n]) + bias;
             }
         }
     }
 }
 
-/// 16 columns of `M` rows.
+/// Takes a block of each of `N` rows apart, and brings those of the next rows near.
 #[inline(always)]
-unsafe fn load_rows<S: Simd, const M: usize>(x: *const f32, stride: usize) -> [S::V; M] {
-    // SAFETY: the rows are the caller's. (A closure might not be compiled with the
-    // tier's instructions.)
-    unsafe {
-        let mut xs = [S::splat(0.0); M];
-        for m in 0..M {
-            xs[m] = S::load(x.add(m * stride));
+unsafe fn unpack<S: Simd, F: Format, const N: usize>(
+    block: *const u8,
+    stride: usize,
+    unpacked: &mut [Unpacked; N],
+) {
+    for n in 0..N {
+        for line in (0..size_of::<F::Block>()).step_by(64) {
+            S::prefetch(block.wrapping_add((AHEAD * N + n) * stride + line));
         }
-        xs
+        // SAFETY: the rows are the caller's; a block of bytes needs no alignment.
+        unsafe { F::unpack::<S>(&*block.add(n * stride).cast::<F::Block>(), &mut unpacked[n]) };
+    }
+}
+
+/// Adds up `range` of the values of a block; it starts at a multiple of 16.
+#[inline(always)]
+unsafe fn part_of_block<S: Simd, F: Format, const M: usize, const N: usize>(
+    acc: &mut [[S::V; N]; M],
+    p: &Panel<u8>,
+    x: *const f32,
+    block: *const u8,
+    unpacked: &[Unpacked; N],
+    range: Range<usize>,
+) {
+    for v in range.start / LANES..range.end.div_ceil(LANES) {
+        let left = LANES.min(range.end - v * LANES);
+        // SAFETY: activations up to the range's end are the caller's; no more are read.
+        unsafe {
+            for n in 0..N {
+                let (group, block) = (group::<S, F>(&unpacked[n], v), block.add(n * p.stride));
+                let mut w = [0.0; LANES];
+                S::store(w.as_mut_ptr(), values::<S, F>(&group, block, &unpacked[n], v));
+                let w = S::load(padded(w.as_ptr(), left).as_ptr());
+                for m in 0..M {
+                    let x = padded(x.wrapping_add(v * LANES + m * p.cols), left);
+                    acc[m][n] = S::fma(S::load(x.as_ptr()), w, acc[m][n]);
+                }
+            }
+        }
     }
 }

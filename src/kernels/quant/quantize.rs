@@ -32,7 +32,7 @@ pub fn quantize_rows(quant: QuantType, x: &[f32], cols: usize, out: &mut Vec<u8>
             )));
         }
     };
-    if cols == 0 || cols % quant.block_len() != 0 {
+    if cols == 0 || !cols.is_multiple_of(quant.block_len()) {
         return Err(Error::input(format!(
             "cannot quantize rows of {cols} values to {name}, whose blocks hold {}",
             quant.block_len()

@@ -112,7 +112,7 @@ fn linear_has_the_bits_of_gemm_over_dequantized_rows() {
             let shape = Matrix { data: &wide, rows, cols, stride: cols };
             gemm::linear_in_tier(Tier::Scalar, &x, 32, shape, Some(&bias), &mut want);
             for tier in tiers() {
-                for m in [1, 2, 3, 4, 5, 7, 32] {
+                for m in [1, 2, 3, 4, 5, 7, 10, 32] {
                     let mut got = vec![0.0; m * rows];
                     linear_in_tier(tier, &x[..m * cols], m, w, Some(&bias), &mut got);
                     assert_eq!(
