@@ -247,6 +247,7 @@ impl Bench {
             defaults: Defaults { params, chat: false, file: "prompts.jsonl".into() },
             max_seq_len: MAX_SEQ_LEN,
             reserved_tokens: 1,
+            guides: farm::engine::Guides::new(Vec::new, &[]).into(),
             vocab_size: runner.vocab_size(),
         };
         let limits = EngineConfig { max_batch_size: BATCH, ..EngineConfig::default() };

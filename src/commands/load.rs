@@ -9,7 +9,7 @@ use crate::comm::{Communicator, HostTensorComm, TensorComm, Topology, agree};
 use crate::commands::generate::Job;
 use crate::commands::launch::Rank;
 use crate::commands::plan::RunPlan;
-use crate::engine::{Mode, TokenDecoder};
+use crate::engine::{Guides, Mode, TokenDecoder};
 use crate::kernels::attention::BLOCK_SIZE;
 use crate::model::tokenizer::Tokenizer;
 use crate::model::{LoadOptions, ModelConfig, ModelRunner, Runner};
@@ -54,8 +54,10 @@ pub fn load(
     eos_token_ids.extend(&config.eos_token_ids);
     eos_token_ids.sort_unstable();
     eos_token_ids.dedup();
+    let guides = Arc::new(guides(&tokenizer, runner.vocab_size(), &eos_token_ids));
     let preparer = Preparer {
         tokenizer,
+        guides,
         template,
         defaults: Defaults {
             params: plan.params.clone(),
@@ -67,6 +69,16 @@ pub fn load(
         vocab_size: runner.vocab_size(),
     };
     Ok(Loaded { runner, preparer, eos_token_ids })
+}
+
+/// What guides texts: the bytes of the model's tokens, those of special ones left out.
+fn guides(tokenizer: &Arc<Tokenizer>, vocab_size: usize, eos_token_ids: &[u32]) -> Guides {
+    let tokenizer = tokenizer.clone();
+    let word = move |id: u32| match tokenizer.is_special(id) {
+        true => Vec::new(),
+        false => tokenizer.token_bytes(id),
+    };
+    Guides::new(move || (0..vocab_size as u32).map(&word).collect(), eos_token_ids)
 }
 
 type SmallFiles = (ModelConfig, Arc<Tokenizer>, Option<ChatTemplate>);

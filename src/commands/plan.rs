@@ -23,7 +23,7 @@ use crate::model::tokenizer::Tokenizer;
 use crate::model::{ModelConfig, WeightDtype};
 use crate::prompts::{
     GenerationConfig, InputIdentity, PromptFormat, PromptReader, ReadOptions, SamplingFlags,
-    generation_config, spool_stdin,
+    generation_config, guide, spool_stdin,
 };
 use crate::stage::manifest::Manifest;
 use crate::{Error, Result, kernels, slurm};
@@ -385,6 +385,11 @@ fn resolve_sampling(job: &Job) -> Result<SamplingParams> {
         ignore_eos: flags.ignore_eos,
         logprobs: job.record.logprobs,
         return_token_ids: job.record.return_token_ids,
+        guide: guide::of_flags(
+            flags.json_schema.as_deref(),
+            flags.regex.as_deref(),
+            &flags.choices,
+        )?,
     };
     let params = generation_config::resolve(&flags, &model)?;
     // A score depends on no sampling parameter: two runs with other defaults are one.

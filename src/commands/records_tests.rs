@@ -28,6 +28,7 @@ fn records(mode: Mode) -> Records {
         defaults: Defaults { params, file: "p.jsonl".into(), ..Defaults::default() },
         max_seq_len: 64,
         reserved_tokens: 1,
+        guides: engine::Guides::new(Vec::new, &[]).into(),
         vocab_size: ModelConfig::from_dir(&model_dir()).unwrap().vocab_size,
     };
     Records::new(mode, run, preparer)

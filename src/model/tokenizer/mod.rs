@@ -19,6 +19,8 @@ pub struct Tokenizer {
     vocab_size: usize,
     /// Tokens that are matched as they stand in a text, not spelled by the model.
     added_tokens: HashSet<u32>,
+    /// Those of them that are no text, and are left out of a decoded one.
+    special_ids: HashSet<u32>,
     special_tokens: BTreeMap<String, String>,
     eos_token_ids: Vec<u32>,
     bos_token_id: Option<u32>,
@@ -73,12 +75,15 @@ impl Tokenizer {
         };
         let vocab_size = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
         let spelling = spelling(inner.get_decoder());
-        let added_tokens = inner.get_added_tokens_decoder().into_keys().collect();
+        let added = inner.get_added_tokens_decoder();
+        let special_ids = added.iter().filter(|(_, t)| t.special).map(|(&id, _)| id).collect();
+        let added_tokens = added.into_keys().collect();
         Ok(Self {
             inner,
             spelling,
             vocab_size,
             added_tokens,
+            special_ids,
             special_tokens,
             eos_token_ids,
             bos_token_id,
@@ -132,6 +137,11 @@ impl Tokenizer {
                 None => token.replace('▁', " ").into_bytes(),
             },
         }
+    }
+
+    /// Whether a token is left out of a text that is decoded without special tokens.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.special_ids.contains(&id)
     }
 
     /// Ids that end a text: `eos_token_id` of `generation_config.json`, else of
