@@ -358,3 +358,6 @@ fn a_model_without_a_cache_is_refused() {
 
 #[path = "resume_tests.rs"]
 mod resume;
+
+#[path = "guided_tests.rs"]
+mod guided;

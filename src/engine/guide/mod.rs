@@ -17,7 +17,7 @@ mod matcher;
 mod numbers;
 
 #[cfg(test)]
-pub(super) mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
