@@ -155,6 +155,7 @@ fn top_level(guide: &Guide) -> Result<TopLevelGrammar, String> {
             serde_json::from_str(text).map_err(|error| format!("not valid JSON: {error}"))?
         }
     };
+    check_patterns(&schema)?;
     let mut fields = match schema {
         Value::Object(fields) => fields,
         Value::Bool(true) => serde_json::Map::new(),
@@ -166,6 +167,21 @@ fn top_level(guide: &Guide) -> Result<TopLevelGrammar, String> {
     let form = json!({"whitespace_flexible": false, "item_separator": ", ", "key_separator": ": "});
     fields.insert("x-guidance".into(), form);
     Ok(TopLevelGrammar::from_json_schema(Value::Object(fields)))
+}
+
+/// That no pattern within a schema is over the limit.
+fn check_patterns(schema: &Value) -> Result<(), String> {
+    match schema {
+        Value::Array(items) => items.iter().try_for_each(check_patterns),
+        Value::Object(fields) => fields.iter().try_for_each(|(key, value)| {
+            Guide::check_pattern(key)?;
+            match value.as_str().filter(|_| key == "pattern") {
+                Some(pattern) => Guide::check_pattern(pattern),
+                None => check_patterns(value),
+            }
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// The pattern without the anchors that it needs no longer: all of a text is matched.
@@ -219,8 +235,8 @@ fn factory(mut words: Vec<Vec<u8>>, eos_token_ids: &[u32]) -> Result<ParserFacto
     factory.quiet();
     *factory.limits_mut() = ParserLimits {
         max_items_in_row: 10_000,
-        initial_lexer_fuel: 5_000_000,
-        step_lexer_fuel: 5_000_000,
+        initial_lexer_fuel: 2_000_000,
+        step_lexer_fuel: 1_000_000,
         step_max_items: 500_000,
         max_lexer_states: 50_000,
         verbose_errors: false,

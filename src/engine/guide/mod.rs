@@ -43,8 +43,10 @@ pub enum Guide {
 }
 
 impl Guide {
-    /// Most bytes of a schema, a pattern, or all choices together.
+    /// Most bytes of a schema, or of all choices together.
     pub const MAX_BYTES: usize = 256 << 10;
+    /// Most bytes of a pattern: memory can grow with the square of its length.
+    pub const MAX_PATTERN_BYTES: usize = 8 << 10;
 
     /// A guide by a parsed schema.
     pub fn json_schema(schema: &Value) -> Self {
@@ -54,9 +56,9 @@ impl Guide {
     /// What can be said against it without a look at its grammar.
     fn check_size(&self) -> Result<(), String> {
         let (name, bytes) = match self {
-            Self::JsonSchema(text) => ("the JSON schema", text.len()),
             Self::JsonObject => return Ok(()),
-            Self::Regex(pattern) => ("the regular expression", pattern.len()),
+            Self::JsonSchema(text) => ("the JSON schema", text.len()),
+            Self::Regex(pattern) => return Self::check_pattern(pattern),
             Self::Choices(choices) if choices.is_empty() => {
                 return Err("there are no choices".into());
             }
@@ -67,13 +69,17 @@ impl Guide {
                 ("the list of choices", choices.iter().map(String::len).sum())
             }
         };
-        match bytes {
-            0 => Err(format!("{name} is empty")),
-            bytes if bytes > Self::MAX_BYTES => Err(format!(
-                "{name} has {bytes} bytes, more than the {} that farm takes",
-                Self::MAX_BYTES
-            )),
-            _ => Ok(()),
+        Self::within(name, bytes, Self::MAX_BYTES)
+    }
+
+    fn check_pattern(pattern: &str) -> Result<(), String> {
+        Self::within("the regular expression", pattern.len(), Self::MAX_PATTERN_BYTES)
+    }
+
+    fn within(name: &str, bytes: usize, most: usize) -> Result<(), String> {
+        match bytes <= most {
+            true => Ok(()),
+            false => Err(format!("{name} has {bytes} bytes, more than the {most} that farm takes")),
         }
     }
 }
