@@ -10,7 +10,7 @@ use std::time::Instant;
 use farm::comm::NoTensorComm;
 use farm::engine::{Engine, EngineConfig, EngineRequest, Generated};
 use farm::engine::{Mode, SamplingParams, TokenDecoder};
-use farm::model::{LoadOptions, ModelConfig, ModelRunner};
+use farm::model::{Checkpoint, LoadOptions, ModelConfig, ModelRunner};
 
 const PROMPT: usize = 128;
 const NEW: usize = 64;

@@ -232,6 +232,22 @@ pub struct SamplingArgs {
     /// Never stop at an end-of-sequence token
     #[arg(long, env = "FARM_IGNORE_EOS", value_parser = BoolishValueParser::new())]
     pub ignore_eos: bool,
+    /// Write JSON that the schema in this file allows; fields of a record override it
+    ///
+    /// Properties come in the schema's order, on one line. A text that runs out of room is
+    /// led to its end in time where that can be; finish_reason tells (length: it is cut off).
+    /// At most one of --json-schema, --regex and --choices.
+    #[arg(long, env = "FARM_JSON_SCHEMA", value_name = "FILE")]
+    pub json_schema: Option<PathBuf>,
+    /// Write a text that this regular expression matches as a whole
+    #[arg(long, env = "FARM_REGEX", value_name = "PATTERN", allow_hyphen_values = true)]
+    #[arg(value_parser = NonEmptyStringValueParser::new(), conflicts_with = "json_schema")]
+    pub regex: Option<String>,
+    /// Write one of these texts; \, is a comma; may be given several times
+    #[arg(long, env = "FARM_CHOICES", value_name = "A,B,…", allow_hyphen_values = true)]
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
+    #[arg(conflicts_with_all = ["json_schema", "regex"])]
+    pub choices: Vec<String>,
     /// Whether the model's generation_config.json sets sampling defaults
     #[arg(long, env = "FARM_GENERATION_CONFIG", value_name = "SOURCE", default_value = "model")]
     pub generation_config: GenerationConfigSource,

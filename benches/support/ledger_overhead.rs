@@ -37,7 +37,7 @@ use farm::ledger::{
     estimate_cost,
 };
 use farm::model::tokenizer::Tokenizer;
-use farm::model::{LoadOptions, ModelConfig, ModelRunner, Runner};
+use farm::model::{Checkpoint, LoadOptions, ModelConfig, ModelRunner, Runner};
 use farm::prompts::{Defaults, Preparer, PromptReader, ReadOptions};
 use farm::slurm::OomWatch;
 use farm::stats::events::EventLog;
@@ -249,6 +249,7 @@ impl Bench {
             defaults: Defaults { params, chat: false, file: "prompts.jsonl".into() },
             max_seq_len: MAX_SEQ_LEN,
             reserved_tokens: 1,
+            guides: farm::engine::Guides::new(Vec::new, &[]).into(),
             vocab_size: runner.vocab_size(),
         };
         let limits = EngineConfig { max_batch_size: BATCH, ..EngineConfig::default() };

@@ -125,7 +125,7 @@ impl Job {
     /// A fault where the current directory is not known.
     pub fn arguments(&self) -> Result<Vec<OsString>> {
         const OWN: [&str; 3] = ["run-dir", "resume", "force-new"];
-        const PATHS: [&str; 4] = ["prompts-file", "model", "output", "stage-dir"];
+        const PATHS: [&str; 5] = ["prompts-file", "model", "output", "stage-dir", "json-schema"];
         let flags = self.given.iter().filter(|flag| !OWN.contains(&flag.name.as_str()));
         let word = |flag: &cli::GivenFlag| match &flag.value {
             Some(path) if PATHS.contains(&flag.name.as_str()) && path != "-" => {
@@ -470,7 +470,8 @@ impl Run<'_> {
             ..EngineConfig::default()
         };
         let decoder = Arc::new(Decoder(preparer.tokenizer.clone()));
-        Engine::new(Metered::new(runner), decoder, config)
+        let engine = Engine::new(Metered::new(runner), decoder, config)?;
+        Ok(engine.with_guides(preparer.guides.clone()))
     }
 
     /// The journal of this leader.

@@ -9,7 +9,7 @@ use crate::comm::{Communicator, HostTensorComm, TensorComm, Topology, agree};
 use crate::commands::generate::Job;
 use crate::commands::launch::Rank;
 use crate::commands::plan::RunPlan;
-use crate::engine::{Mode, TokenDecoder};
+use crate::engine::{Guides, Mode, TokenDecoder};
 use crate::kernels::attention::BLOCK_SIZE;
 use crate::model::tokenizer::Tokenizer;
 use crate::model::{Checkpoint, LoadOptions, ModelConfig, ModelRunner, Runner};
@@ -52,8 +52,10 @@ pub fn load(
     let options = LoadOptions { dtype: job.dtype(), max_seq_len: plan.max_seq_len, num_blocks };
     let runner = agree(world, ModelRunner::load(&checkpoint, &options, comm))?;
     let eos_token_ids = tokenizer.eos_token_ids().to_vec();
+    let guides = Arc::new(guides(&tokenizer, runner.vocab_size(), &eos_token_ids));
     let preparer = Preparer {
         tokenizer,
+        guides,
         template,
         defaults: Defaults {
             params: plan.params.clone(),
@@ -67,14 +69,24 @@ pub fn load(
     Ok(Loaded { runner, preparer, eos_token_ids })
 }
 
+/// What guides texts: the bytes of the model's tokens, those of special ones left out.
+fn guides(tokenizer: &Arc<Tokenizer>, vocab_size: usize, eos_token_ids: &[u32]) -> Guides {
+    let tokenizer = tokenizer.clone();
+    let word = move |id: u32| match tokenizer.is_special(id) {
+        true => Vec::new(),
+        false => tokenizer.token_bytes(id),
+    };
+    Guides::new(move || (0..vocab_size as u32).map(&word).collect(), eos_token_ids)
+}
+
 type Opened = (Checkpoint, Arc<Tokenizer>, Option<ChatTemplate>);
 
 /// What can be wrong before any weight is read.
 fn open(model: &Path, plan: &RunPlan) -> Result<Opened> {
     let checkpoint = Checkpoint::open(model)?;
-    let dir = &checkpoint.files().dir;
-    let template = ChatTemplate::from_dir(dir, plan.started_unix_seconds)?;
-    let tokenizer = Arc::new(Tokenizer::from_dir(dir)?);
+    let metadata = checkpoint.metadata();
+    let template = ChatTemplate::open(model, metadata, plan.started_unix_seconds)?;
+    let tokenizer = Arc::new(Tokenizer::open(model, None, metadata)?);
     Ok((checkpoint, tokenizer, template))
 }
 

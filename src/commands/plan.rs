@@ -22,7 +22,7 @@ use crate::model::tokenizer::Tokenizer;
 use crate::model::{Checkpoint, ModelConfig, WeightDtype};
 use crate::prompts::{
     GenerationConfig, InputIdentity, PromptFormat, PromptReader, ReadOptions, SamplingFlags,
-    generation_config, spool_stdin,
+    generation_config, guide, spool_stdin,
 };
 use crate::stage::manifest::Manifest;
 use crate::{Error, Result, kernels, slurm};
@@ -341,7 +341,7 @@ fn is_finished(job: &Job, session: &Session) -> bool {
 fn check_model(job: &Job) -> Result<ModelConfig> {
     let checkpoint = Checkpoint::open(&job.model.model)?;
     checkpoint.config().check_tensor_parallel(job.parallelism.tensor_parallel)?;
-    Tokenizer::from_dir(&checkpoint.files().dir)?;
+    Tokenizer::open(&job.model.model, None, checkpoint.metadata())?;
     Ok(checkpoint.config().clone())
 }
 
@@ -375,6 +375,11 @@ fn resolve_sampling(job: &Job) -> Result<SamplingParams> {
         ignore_eos: flags.ignore_eos,
         logprobs: job.record.logprobs,
         return_token_ids: job.record.return_token_ids,
+        guide: guide::of_flags(
+            flags.json_schema.as_deref(),
+            flags.regex.as_deref(),
+            &flags.choices,
+        )?,
     };
     let params = generation_config::resolve(&flags, &model)?;
     // A score depends on no sampling parameter: two runs with other defaults are one.

@@ -8,7 +8,7 @@ use super::*;
 use crate::comm::NoTensorComm;
 use crate::commands::load::Decoder;
 use crate::engine::{Engine, EngineConfig, SamplingParams};
-use crate::model::{LoadOptions, ModelConfig, ModelRunner};
+use crate::model::{Checkpoint, LoadOptions, ModelConfig, ModelRunner};
 use crate::prompts::RawBody;
 use crate::prompts::request::Defaults;
 
@@ -28,6 +28,7 @@ fn records(mode: Mode) -> Records {
         defaults: Defaults { params, file: "p.jsonl".into(), ..Defaults::default() },
         max_seq_len: 64,
         reserved_tokens: 1,
+        guides: engine::Guides::new(Vec::new, &[]).into(),
         vocab_size: ModelConfig::from_dir(&model_dir()).unwrap().vocab_size,
     };
     Records::new(mode, run, preparer)
@@ -37,7 +38,6 @@ fn records(mode: Mode) -> Records {
 /// completions some have ended while others wait.
 fn engine() -> Engine<ModelRunner> {
     let dir = model_dir();
-    let config = ModelConfig::from_dir(&dir).unwrap();
     let options = LoadOptions { dtype: None, max_seq_len: 64, num_blocks: 16 };
     let runner =
         ModelRunner::load(&Checkpoint::open(&dir).unwrap(), &options, Arc::new(NoTensorComm))

@@ -1,7 +1,7 @@
 //! Choosing one token from one row of logits.
 //!
-//! Order of processing, as in Hugging Face transformers' `generate`: penalties,
-//! EOS suppression, temperature, top-k, top-p, min-p, draw. The draw inverts the
+//! Order of processing, as in Hugging Face transformers' `generate`, after the guide
+//! has taken out the tokens that it does not allow: penalties, EOS suppression, temperature, top-k, top-p, min-p, draw. The draw inverts the
 //! cumulative distribution in a fixed order: by id without top-k and top-p,
 //! else from the best token down with the lower id first on ties. Where several
 //! tokens tie for the last of the `top_k` places, the lower ids get them
@@ -58,17 +58,23 @@ pub struct Scratch {
 }
 
 /// Chooses a token. `counts` are those of [`TokenCounts::for_params`], `uniform`
-/// is the draw in [0, 1), unused where `temperature` is 0.
+/// is the draw in [0, 1), unused where `temperature` is 0. `allowed` are the tokens
+/// that a guide leaves, a bitmap by id in words of 32; it decides on EOS, too.
 pub fn choose(
     row: &[f32],
     params: &SamplingParams,
     counts: Option<&TokenCounts>,
+    allowed: Option<&[u32]>,
     eos_token_ids: &[u32],
     uniform: f64,
     scratch: &mut Scratch,
 ) -> Result<u32, LogitsError> {
     let Scratch { edited, weights, ranking } = scratch;
-    let row = edit(row, params, counts, eos_token_ids, edited);
+    if allowed.is_some() {
+        // A NaN is a fault of the model, even where it is not allowed.
+        row_max(row)?;
+    }
+    let row = edit(row, params, counts, allowed, eos_token_ids, edited);
     let max = row_max(row)?;
     if params.temperature <= 0.0 || params.temperature.is_nan() {
         // The lowest id on ties.
@@ -114,23 +120,28 @@ pub fn score(row: &[f32], target: u32, scratch: &mut Scratch) -> Result<f64, Log
     Ok(f64::from(row[target as usize]) - log_sum_exp(row, &mut scratch.weights)?)
 }
 
-/// The row after penalties and EOS suppression; copied only where they apply.
+/// The row after guide, penalties and EOS suppression; copied only where they apply.
 fn edit<'a>(
     row: &'a [f32],
     params: &SamplingParams,
     counts: Option<&TokenCounts>,
+    allowed: Option<&[u32]>,
     eos_token_ids: &[u32],
     edited: &'a mut Vec<f32>,
 ) -> &'a [f32] {
-    if counts.is_none() && !params.ignore_eos {
+    let suppress_eos = params.ignore_eos && allowed.is_none();
+    if counts.is_none() && allowed.is_none() && !suppress_eos {
         return row;
     }
     edited.clear();
     edited.extend_from_slice(row);
+    if let Some(allowed) = allowed {
+        keep_allowed(edited, allowed);
+    }
     if let Some(counts) = counts {
         counts.penalise(edited, params);
     }
-    if params.ignore_eos {
+    if suppress_eos {
         for &id in eos_token_ids {
             if let Some(logit) = edited.get_mut(id as usize) {
                 *logit = f32::NEG_INFINITY;
@@ -138,6 +149,18 @@ fn edit<'a>(
         }
     }
     edited
+}
+
+/// Only the tokens of a bitmap; those beyond its end are not allowed.
+fn keep_allowed(row: &mut [f32], allowed: &[u32]) {
+    let words = allowed.iter().copied().chain(std::iter::repeat(0));
+    for (logits, word) in row.chunks_mut(32).zip(words) {
+        for (bit, logit) in logits.iter_mut().enumerate() {
+            if word >> bit & 1 == 0 {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+    }
 }
 
 /// The tokens that top-k, top-p and min-p leave, best first, and their mass.

@@ -9,7 +9,7 @@ fn sampling(temperature: f32, top_k: usize, top_p: f32, min_p: f32) -> SamplingP
 }
 
 fn choose_at(row: &[f32], params: &SamplingParams, uniform: f64) -> Result<u32, LogitsError> {
-    choose(row, params, None, &[], uniform, &mut Scratch::default())
+    choose(row, params, None, None, &[], uniform, &mut Scratch::default())
 }
 
 /// The filters written down plainly: sort everything, then cut.
@@ -149,7 +149,7 @@ fn penalties_change_the_logits_of_seen_tokens_only() {
     assert_eq!(row, [4.0 / 2.0 - 0.75, -4.0 * 2.0 - 1.25, 3.0]);
     let mut scratch = Scratch::default();
     let row = [4.0, -4.0, 3.0];
-    assert_eq!(choose(&row, &params, Some(&counts), &[], 0.0, &mut scratch), Ok(2));
+    assert_eq!(choose(&row, &params, Some(&counts), None, &[], 0.0, &mut scratch), Ok(2));
     assert!(TokenCounts::for_params(&SamplingParams::default(), &[1]).is_none());
 }
 
@@ -158,7 +158,33 @@ fn ignore_eos_never_samples_eos() {
     let params = SamplingParams { ignore_eos: true, ..Default::default() };
     let row = [1.0, 9.0, 8.0, 2.0];
     // An EOS id beyond the logits is no fault of the record.
-    assert_eq!(choose(&row, &params, None, &[1, 2, 99], 0.0, &mut Scratch::default()), Ok(3));
+    let mut scratch = Scratch::default();
+    assert_eq!(choose(&row, &params, None, None, &[1, 2, 99], 0.0, &mut scratch), Ok(3));
+}
+
+#[test]
+fn a_guide_comes_before_everything_else() {
+    let mut row: Vec<f32> = (0..70).map(|i| i as f32).collect();
+    let mut scratch = Scratch::default();
+    let params = [
+        SamplingParams::default(),
+        SamplingParams { repetition_penalty: 2.0, ..Default::default() },
+        SamplingParams { ignore_eos: true, ..Default::default() },
+        sampling(1.0, 3, 0.5, 0.1),
+        sampling(1.0, 0, 1.0, 0.0),
+    ];
+    let mut chosen = |row: &[f32], params: &SamplingParams, allowed: &[u32], uniform: f64| {
+        let counts = TokenCounts::for_params(params, &[69]);
+        choose(row, params, counts.as_ref(), Some(allowed), &[33], uniform, &mut scratch)
+    };
+    for params in &params {
+        // Ids 2 and 33 (an EOS) of the second bitmap; what it does not reach is not allowed.
+        assert_eq!(chosen(&row, params, &[1 << 2], 0.5), Ok(2));
+        assert_eq!(chosen(&row, params, &[1 << 2, 1 << 1], 0.5), Ok(33));
+        assert_eq!(chosen(&row, params, &[], 0.5), Err(LogitsError::NoCandidate));
+    }
+    row[5] = f32::NAN;
+    assert_eq!(chosen(&row, &params[0], &[1 << 2], 0.5), Err(LogitsError::NotFinite));
 }
 
 #[test]

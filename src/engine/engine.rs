@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use super::block_manager::BlockManager;
 use super::detokenizer::TokenDecoder;
-use super::output::{EngineOutput, EngineRequest, Unfinished};
+use super::guide::{Grammar, Guides};
+use super::output::{EngineOutput, EngineRequest, Mode, Unfinished};
 use super::sampler::{RowResult, RowTask, Sampler};
 use super::scheduler::{Scheduler, SchedulerConfig, StepPlan};
 use super::sequence::Sequence;
@@ -74,6 +75,7 @@ pub struct Engine<R: Runner> {
     decoder: Arc<dyn TokenDecoder>,
     scheduler: Scheduler,
     sampler: Sampler,
+    guides: Option<Arc<Guides>>,
     eos_token_ids: Vec<u32>,
     counters: EngineCounters,
     max_seq_len: usize,
@@ -107,6 +109,7 @@ impl<R: Runner> Engine<R> {
             decoder,
             scheduler: Scheduler::new(scheduler_config, blocks),
             sampler: Sampler::default(),
+            guides: None,
             eos_token_ids: config.eos_token_ids,
             counters: EngineCounters::default(),
             max_seq_len,
@@ -116,17 +119,45 @@ impl<R: Runner> Engine<R> {
         })
     }
 
+    /// The same with what guided requests need: grammars over the model's vocabulary,
+    /// with the engine's EOS tokens.
+    #[must_use]
+    pub fn with_guides(self, guides: Arc<Guides>) -> Self {
+        Self { guides: Some(guides), ..self }
+    }
+
     /// Takes a request. One that cannot run (its prompt is empty, too long, or
-    /// of another vocabulary) comes back with an error from the next step; one
-    /// whose earlier tokens end it already, with its output.
+    /// of another vocabulary; its guide cannot be followed) comes back with an error
+    /// from the next step; one whose earlier tokens end it already, with its output.
     pub fn add(&mut self, request: EngineRequest) {
+        let grammar = self.grammar(&request);
+        let problem = grammar.as_ref().err().cloned();
         let (eos, decoder) = (&self.eos_token_ids, &*self.decoder);
-        let vocab_size = self.runner.vocab_size();
-        let sequence = Sequence::new(request, self.max_seq_len, vocab_size, eos, decoder);
+        let (grammar, vocab_size) = (grammar.unwrap_or(None), self.runner.vocab_size());
+        let mut sequence =
+            Sequence::new(request, grammar, self.max_seq_len, vocab_size, eos, decoder);
+        if let Some(problem) = problem {
+            sequence.fail(problem);
+        }
         if sequence.finish_reason().is_some() {
             self.ready.push(sequence.into_output(eos, decoder));
         } else {
             self.scheduler.add(sequence);
+        }
+    }
+
+    fn grammar(
+        &self,
+        request: &EngineRequest,
+    ) -> std::result::Result<Option<Arc<Grammar>>, String> {
+        match (&request.params.guide, &self.guides) {
+            (Some(guide), Some(guides)) if request.mode == Mode::Generate => {
+                guides.compile(guide).map(Some)
+            }
+            (Some(_), None) if request.mode == Mode::Generate => {
+                Err("this engine has no vocabulary to guide texts with".into())
+            }
+            _ => Ok(None),
         }
     }
 

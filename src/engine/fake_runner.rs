@@ -7,13 +7,16 @@ use std::collections::HashSet;
 use crate::Result;
 use crate::model::{Logits, LogitsWanted, Runner, StepBatch};
 
-/// Tokens 0..12 are bytes or parts of characters (see `tests.rs`); 12 is EOS.
+/// Where a test says no other: tokens 0..12 are bytes or parts of characters (see
+/// `tests.rs`); 12 is EOS.
 pub const VOCAB_SIZE: usize = 13;
 pub const EOS: u32 = 12;
 
 pub struct FakeRunner {
     pub block_size: usize,
     pub max_seq_len: usize,
+    /// Number of tokens; the last one is EOS.
+    pub vocab_size: usize,
     /// Histories that end in this pair of tokens give NaN.
     pub poison: Option<[u32; 2]>,
     /// Steps until one fails.
@@ -25,7 +28,8 @@ pub struct FakeRunner {
 impl FakeRunner {
     pub fn new(num_blocks: usize, block_size: usize, max_seq_len: usize) -> Self {
         let cache = vec![None; num_blocks * block_size];
-        Self { block_size, max_seq_len, poison: None, fail_in: None, cache }
+        let vocab_size = VOCAB_SIZE;
+        Self { block_size, max_seq_len, vocab_size, poison: None, fail_in: None, cache }
     }
 }
 
@@ -35,12 +39,17 @@ pub fn push_logits(history: &[u32], poison: Option<[u32; 2]>, data: &mut Vec<f32
         data.extend([f32::NAN; VOCAB_SIZE]);
         return;
     }
+    push_hashed(history, VOCAB_SIZE, data);
+}
+
+fn push_hashed(history: &[u32], vocab_size: usize, data: &mut Vec<f32>) {
     let mix = |h: u64, x: u64| (h ^ x).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(29);
     let hash = history.iter().fold(history.len() as u64, |h, &id| mix(h, u64::from(id) + 1));
-    data.extend((0..VOCAB_SIZE as u64).map(|j| (mix(mix(hash, j), 7) >> 40) as f32 / 4e6));
+    data.extend((0..vocab_size as u64).map(|j| (mix(mix(hash, j), 7) >> 40) as f32 / 4e6));
     // EOS is seldom the best.
-    let eos = data.len() - VOCAB_SIZE + EOS as usize;
-    data[eos] -= 1.5;
+    if let Some(eos) = data.last_mut() {
+        *eos -= 1.5;
+    }
 }
 
 impl Runner for FakeRunner {
@@ -53,7 +62,7 @@ impl Runner for FakeRunner {
     }
 
     fn vocab_size(&self) -> usize {
-        VOCAB_SIZE
+        self.vocab_size
     }
 
     fn max_seq_len(&self) -> usize {
@@ -90,11 +99,14 @@ impl Runner for FakeRunner {
                     let history: Option<Vec<u32>> =
                         (0..=position).map(|p| self.cache[slot(p)]).collect();
                     let history = history.expect("a position before this one was never computed");
-                    push_logits(&history, self.poison, &mut data);
+                    match self.vocab_size {
+                        VOCAB_SIZE => push_logits(&history, self.poison, &mut data),
+                        vocab_size => push_hashed(&history, vocab_size, &mut data),
+                    }
                 }
             }
         }
         assert!(token_ids.next().is_none(), "more tokens than rows");
-        Ok(Logits { data, vocab_size: VOCAB_SIZE })
+        Ok(Logits { data, vocab_size: self.vocab_size })
     }
 }

@@ -4,8 +4,8 @@
 //! [`Engine`] takes requests and steps. [`scheduler`] decides each step's rows
 //! from its [`sequence`]s and the [`block_manager`]'s free blocks; the runner
 //! makes logits of them; [`sampler`] turns every row into a token ([`choose`])
-//! or a score ([`softmax`]) with draws from [`rng`]; [`stop`] and
-//! [`detokenizer`] find where a text ends.
+//! or a score ([`softmax`]) with draws from [`rng`], among the tokens that the
+//! sequence's [`guide`] allows; [`stop`] and [`detokenizer`] find where a text ends.
 //!
 //! What a record yields depends on the record alone, never on what shares its
 //! batch, how its prefill was chunked or whether it was preempted. So what an
@@ -18,6 +18,7 @@ pub mod choose;
 pub mod detokenizer;
 #[allow(clippy::module_inception)]
 pub mod engine;
+pub mod guide;
 pub mod output;
 pub mod rng;
 pub mod sampler;
@@ -34,6 +35,7 @@ mod tests;
 
 pub use detokenizer::TokenDecoder;
 pub use engine::{Engine, EngineConfig, EngineCounters, StepOutcome};
+pub use guide::{Guide, Guides};
 pub use output::{
     EngineOutput, EngineRequest, FinishReason, Generated, Mode, Score, TokenLogprob, Unfinished,
 };

@@ -76,16 +76,17 @@ pub struct EngineRequest {
 /// Why a sequence ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FinishReason {
-    /// An EOS token, a stop string, or the end of a scored prompt.
+    /// An EOS token, a stop string, the end of a scored prompt, or the end of a guided
+    /// text: what its guide asks for is there.
     Stop,
-    /// `max_new_tokens` or the context's end.
+    /// `max_new_tokens` or the context's end; a guided text is incomplete then.
     Length,
     /// This sequence failed; the message is for the user.
     Error(String),
 }
 
 /// A chosen token's log-probability and the best alternatives, by log-softmax
-/// of the model's raw logits: before penalties, temperature and filters (the
+/// of the model's raw logits: before guide, penalties, temperature and filters (the
 /// "raw_logprobs" of vLLM, and what OpenAI's API reports).
 #[derive(Debug, Clone, PartialEq)]
 pub struct TokenLogprob {

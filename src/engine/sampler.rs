@@ -34,7 +34,18 @@ pub enum RowResult {
 #[derive(Debug, Default)]
 pub struct Sampler {
     scratch: Vec<Scratch>,
-    results: Vec<Result<RowResult, LogitsError>>,
+    results: Vec<Result<RowResult, RowError>>,
+}
+
+/// Why a row gives no result; of this sequence alone.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RowError {
+    /// The logits are of no use.
+    #[error(transparent)]
+    Logits(#[from] LogitsError),
+    /// The text cannot go on as its guide asks.
+    #[error("{0}")]
+    Guide(String),
 }
 
 impl Sampler {
@@ -43,14 +54,15 @@ impl Sampler {
     const MIN_PARALLEL_LOGITS: usize = 1 << 15;
 
     /// Runs all `tasks`; the results are in their order. `eos_token_ids` are
-    /// never sampled for sequences with `ignore_eos`.
+    /// never sampled for sequences with `ignore_eos`. The matcher of a guided sequence
+    /// has taken its token afterwards.
     pub fn run(
         &mut self,
         logits: &Logits,
         tasks: &[RowTask],
         running: &[Sequence],
         eos_token_ids: &[u32],
-    ) -> std::vec::Drain<'_, Result<RowResult, LogitsError>> {
+    ) -> std::vec::Drain<'_, Result<RowResult, RowError>> {
         let Self { scratch, results } = self;
         results.clear();
         results.resize_with(tasks.len(), || Ok(RowResult::Score(0.0)));
@@ -85,13 +97,21 @@ fn run_one(
     sequence: &Sequence,
     eos_token_ids: &[u32],
     scratch: &mut Scratch,
-) -> Result<RowResult, LogitsError> {
+) -> Result<RowResult, RowError> {
     if let Some(target) = task.target {
-        return score(row, target, scratch).map(RowResult::Score);
+        return Ok(RowResult::Score(score(row, target, scratch)?));
     }
     let params = sequence.params();
     let (counts, uniform) = (sequence.counts(), sequence.uniform());
-    let token = choose(row, params, counts, eos_token_ids, uniform, scratch)?;
+    let token = match sequence.matcher() {
+        None => choose(row, params, counts, None, eos_token_ids, uniform, scratch)?,
+        Some(mut matcher) => {
+            let allowed = matcher.allowed(params.ignore_eos).map_err(RowError::Guide)?;
+            let allowed = Some(allowed.as_slice());
+            let token = choose(row, params, counts, allowed, eos_token_ids, uniform, scratch)?;
+            matcher.take(token, sequence.room()).map_err(RowError::Guide)?
+        }
+    };
     let logprob = params.logprobs.map(|n| token_logprob(row, token, n, scratch)).transpose()?;
     Ok(RowResult::Token(token, logprob))
 }
@@ -124,7 +144,7 @@ mod tests {
                     params,
                     mode: Mode::Generate,
                 };
-                Sequence::new(request, 64, vocab_size, &[0], &ByteDecoder)
+                Sequence::new(request, None, 64, vocab_size, &[0], &ByteDecoder)
             })
             .collect();
         let data = (0..32 * vocab_size).map(|i| (i * 7919 % 1009) as f32 * 0.01).collect();

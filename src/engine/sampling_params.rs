@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::Guide;
+
 /// Resolved sampling parameters of one record. Defaults are farm's own
 /// (greedy); `prompts` resolves record > flag > generation_config.json > default.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -26,7 +28,8 @@ pub struct SamplingParams {
     pub seed: u64,
     /// Strings that end the text (not included in it).
     pub stop: Vec<String>,
-    /// Never stop at (and never sample) an EOS token.
+    /// Never stop at (and never sample) an EOS token; a guided text still ends where
+    /// nothing else can follow.
     pub ignore_eos: bool,
     /// Report the log-probabilities of the chosen token and of this many best
     /// alternatives; `None` = no report.
@@ -35,6 +38,10 @@ pub struct SamplingParams {
     pub return_token_ids: bool,
     /// Number of independent completions (OpenAI `n`), 1..=16.
     pub n: usize,
+    /// What the text must be. (Left out of a run's identity where there is none, so
+    /// that runs begun before there were guides go on.)
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guide: Option<Guide>,
 }
 
 impl Default for SamplingParams {
@@ -54,6 +61,7 @@ impl Default for SamplingParams {
             logprobs: None,
             return_token_ids: false,
             n: 1,
+            guide: None,
         }
     }
 }

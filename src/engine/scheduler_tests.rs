@@ -16,7 +16,7 @@ fn sequence(key: u64, prompt: usize, max_new_tokens: usize, mode: Mode) -> Seque
         params: SamplingParams { max_new_tokens, ..Default::default() },
         mode,
     };
-    Sequence::new(request, usize::MAX, 256, &[], &ByteDecoder)
+    Sequence::new(request, None, usize::MAX, 256, &[], &ByteDecoder)
 }
 
 fn scheduler(num_blocks: usize, max_batch_size: usize, max_batched_tokens: usize) -> Scheduler {

@@ -5,8 +5,11 @@
 //! scheduler's waiting or running list, and is finished once it has a
 //! [`FinishReason`].
 
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
 use super::choose::TokenCounts;
 use super::detokenizer::TokenDecoder;
+use super::guide::{Grammar, Matcher};
 use super::output::{
     EngineOutput, EngineRequest, FinishReason, Generated, Mode, Score, TokenLogprob, Unfinished,
 };
@@ -35,6 +38,11 @@ pub struct Sequence {
     finish_reason: Option<FinishReason>,
     /// Kept where `params` hold penalties.
     counts: Option<TokenCounts>,
+    /// Of the guide in `params`.
+    grammar: Option<Arc<Grammar>>,
+    /// Kept where there is a grammar. Behind a lock, since the sampler's threads share
+    /// the list of sequences; each sequence has one row of a step, and so one thread.
+    matcher: Option<Mutex<Matcher>>,
     /// Kept where `params` hold stop strings.
     stop_matcher: Option<StopMatcher>,
     logprobs: Vec<TokenLogprob>,
@@ -54,9 +62,11 @@ pub struct Chunk {
 impl Sequence {
     /// A sequence that ends at `max_seq_len` tokens at the latest. One that has
     /// nothing to compute, or cannot be computed, is finished from the start, and
-    /// so is one that the tokens generated earlier end.
+    /// so is one that the tokens generated earlier end. `grammar` is the compiled guide
+    /// of the request's parameters.
     pub fn new(
         request: EngineRequest,
+        grammar: Option<Arc<Grammar>>,
         max_seq_len: usize,
         vocab_size: usize,
         eos_token_ids: &[u32],
@@ -83,6 +93,8 @@ impl Sequence {
             block_table: Vec::new(),
             finish_reason: None,
             counts: None,
+            grammar,
+            matcher: None,
             stop_matcher: None,
             logprobs: Vec::new(),
             token_logprobs: Vec::new(),
@@ -105,16 +117,20 @@ impl Sequence {
         self.num_earlier_tokens = 0;
         self.finish_reason = None;
         self.counts = TokenCounts::for_params(&self.params, &self.token_ids);
+        self.matcher = self.grammar.as_ref().map(|grammar| Mutex::new(grammar.start()));
         self.stop_matcher = (!self.params.stop.is_empty()).then(StopMatcher::default);
         self.logprobs.clear();
     }
 
-    /// Brings it to where an earlier engine left it. Tokens behind its end can not
-    /// come from these parameters and limits; then it begins anew.
+    /// Brings it to where an earlier engine left it. Tokens behind its end, or that its
+    /// guide does not allow, can not come from these parameters and limits; then it
+    /// begins anew.
     fn replay(&mut self, generated: Generated, eos_token_ids: &[u32], decoder: &dyn TokenDecoder) {
         let mut logprobs = generated.logprobs.into_iter();
         for token in generated.token_ids {
-            if self.finish_reason.is_some() {
+            let room = self.room();
+            let follows = self.matcher_mut().is_none_or(|matcher| matcher.replay(token, room));
+            if self.finish_reason.is_some() || !follows {
                 return self.begin();
             }
             self.push_token(token, logprobs.next(), eos_token_ids, decoder);
@@ -186,6 +202,22 @@ impl Sequence {
         self.counts.as_ref()
     }
 
+    /// The matcher of a guided sequence.
+    pub fn matcher(&self) -> Option<MutexGuard<'_, Matcher>> {
+        let matcher = self.matcher.as_ref()?;
+        Some(matcher.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn matcher_mut(&mut self) -> Option<&mut Matcher> {
+        let matcher = self.matcher.as_mut()?;
+        Some(matcher.get_mut().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Tokens that it may still generate.
+    pub fn room(&self) -> usize {
+        self.max_len.saturating_sub(self.token_ids.len())
+    }
+
     /// Set once it is finished.
     pub fn finish_reason(&self) -> Option<&FinishReason> {
         self.finish_reason.as_ref()
@@ -254,7 +286,8 @@ impl Sequence {
         self.num_computed_tokens = 0;
     }
 
-    /// Appends a sampled token and decides whether it was the last.
+    /// Appends a sampled token, which its matcher has taken, and decides whether it was
+    /// the last.
     pub fn push_token(
         &mut self,
         token: u32,
@@ -268,14 +301,19 @@ impl Sequence {
             counts.add(token);
         }
         let output = &self.token_ids[self.num_prompt_tokens..];
-        let stopped = (!self.params.ignore_eos && eos_token_ids.contains(&token))
-            || self
-                .stop_matcher
-                .as_mut()
-                .is_some_and(|matcher| matcher.push(output, &self.params.stop, decoder));
-        if stopped {
+        let stopped = self
+            .stop_matcher
+            .as_mut()
+            .is_some_and(|matcher| matcher.push(output, &self.params.stop, decoder));
+        let is_full = self.token_ids.len() >= self.max_len;
+        let ended = match self.matcher_mut() {
+            // Where its guide is satisfied as the room ends, the text is whole.
+            Some(matcher) => matcher.is_complete() || (is_full && matcher.is_accepting()),
+            None => !self.params.ignore_eos && eos_token_ids.contains(&token),
+        };
+        if stopped || ended {
             self.finish_reason = Some(FinishReason::Stop);
-        } else if self.token_ids.len() >= self.max_len {
+        } else if is_full {
             self.finish_reason = Some(FinishReason::Length);
         }
     }
@@ -308,8 +346,9 @@ impl Sequence {
         decoder: &dyn TokenDecoder,
     ) -> EngineOutput {
         let output = self.token_ids.split_off(self.num_prompt_tokens);
+        let ends_at_eos = !self.params.ignore_eos || self.matcher.is_some();
         let text = match output.split_last() {
-            Some((last, before)) if !self.params.ignore_eos && eos_token_ids.contains(last) => {
+            Some((last, before)) if ends_at_eos && eos_token_ids.contains(last) => {
                 final_text(before, &self.params.stop, decoder)
             }
             _ => final_text(&output, &self.params.stop, decoder),

@@ -117,7 +117,8 @@ fn reference(request: &EngineRequest) -> EngineOutput {
         let counts = TokenCounts::for_params(params, &history);
         let step = output.token_ids.len() as u32;
         let uniform = rng::uniform(params.seed, request.record_index, request.completion, step);
-        let token = choose(&row, params, counts.as_ref(), &[EOS], uniform, &mut scratch).unwrap();
+        let token =
+            choose(&row, params, counts.as_ref(), None, &[EOS], uniform, &mut scratch).unwrap();
         if let Some(n) = params.logprobs {
             logprobs.push(token_logprob(&row, token, n, &mut scratch).unwrap());
         }
@@ -357,3 +358,6 @@ fn a_model_without_a_cache_is_refused() {
 
 #[path = "resume_tests.rs"]
 mod resume;
+
+#[path = "guided_tests.rs"]
+mod guided;

@@ -10,8 +10,8 @@ use std::io::{self, BufRead};
 use serde_json::{Map, Value};
 
 use super::lines::{Line, Lines, without_terminator};
-use super::overrides;
 use super::{ErrorCode, Problem};
+use super::{guide, overrides};
 use crate::{Error, Result};
 
 /// A row, or what is wrong with it, and the line where it starts.
@@ -153,8 +153,12 @@ impl<R: BufRead> CsvRows<R> {
 /// A cell of an override column as JSON; text if it is neither number nor boolean,
 /// which the record's check then refuses where a number is due.
 fn typed(column: &str, cell: String) -> Value {
-    if matches!(column, "id" | "stop") {
+    if matches!(column, "id" | "stop" | "regex") {
         return Value::String(cell);
+    }
+    if guide::FIELDS.contains(&column) {
+        // Schemas and lists stand in a cell as JSON.
+        return serde_json::from_str(&cell).unwrap_or(Value::String(cell));
     }
     match serde_json::from_str(&cell.trim().to_ascii_lowercase()) {
         Ok(value @ (Value::Number(_) | Value::Bool(_))) => value,

@@ -27,6 +27,8 @@ pub enum ErrorCode {
     WrongType,
     /// A field's value is out of its range.
     OutOfRange,
+    /// A schema, pattern or list of choices that cannot be followed, or two of them.
+    BadGuide,
     /// An OpenAI batch line for another url than the two that farm answers.
     UnsupportedUrl,
     /// An OpenAI request asks for what farm does not do (tools, images, …).
@@ -49,7 +51,7 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// All codes, in the order of the documentation.
-    pub const ALL: [ErrorCode; 18] = [
+    pub const ALL: [ErrorCode; 19] = [
         Self::LineTooLong,
         Self::BadCsv,
         Self::NotUtf8,
@@ -59,6 +61,7 @@ impl ErrorCode {
         Self::AmbiguousPrompt,
         Self::WrongType,
         Self::OutOfRange,
+        Self::BadGuide,
         Self::UnsupportedUrl,
         Self::UnsupportedField,
         Self::NoChatTemplate,
@@ -82,6 +85,7 @@ impl ErrorCode {
             Self::AmbiguousPrompt => "ambiguous_prompt",
             Self::WrongType => "wrong_type",
             Self::OutOfRange => "out_of_range",
+            Self::BadGuide => "bad_guide",
             Self::UnsupportedUrl => "unsupported_url",
             Self::UnsupportedField => "unsupported_field",
             Self::NoChatTemplate => "no_chat_template",

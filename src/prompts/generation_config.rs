@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::overrides;
-use crate::engine::SamplingParams;
+use crate::engine::{Guide, SamplingParams};
 use crate::model::tokenizer::read_json;
 use crate::{Error, Result};
 
@@ -39,6 +39,8 @@ pub struct SamplingFlags {
     pub logprobs: Option<usize>,
     /// `--return-token-ids`
     pub return_token_ids: bool,
+    /// `--json-schema`, `--regex` or `--choices`
+    pub guide: Option<Guide>,
 }
 
 /// The sampling parameters of a model's `generation_config.json`.
@@ -131,6 +133,7 @@ pub fn resolve(flags: &SamplingFlags, model: &GenerationConfig) -> Result<Sampli
         logprobs: flags.logprobs,
         return_token_ids: flags.return_token_ids,
         n: own.n,
+        guide: flags.guide.clone(),
     };
     // The model's values have been checked as they were read: what is left are flags.
     overrides::check(&params)

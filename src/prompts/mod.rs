@@ -10,6 +10,7 @@ pub mod chat_template;
 mod csv_rows;
 pub mod error;
 pub mod generation_config;
+pub mod guide;
 pub mod identity;
 mod jinja_values;
 mod lines;

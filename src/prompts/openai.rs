@@ -88,11 +88,6 @@ fn refuse_unsupported(body: &Map<String, Value>) -> Result<(), Problem> {
     let asked = UNSUPPORTED.iter().find_map(|field| {
         body.get(*field).filter(|value| !idle(value)).map(|value| (*field, value))
     });
-    let asked = asked.or_else(|| {
-        let format = body.get("response_format").filter(|format| !format.is_null())?;
-        (format.get("type").and_then(Value::as_str) != Some("text"))
-            .then_some(("response_format", format))
-    });
     match asked {
         Some((field, value)) => Err(Problem::new(
             ErrorCode::UnsupportedField,

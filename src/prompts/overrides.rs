@@ -18,17 +18,18 @@
 //! | `logprobs`                                          | boolean, or integer 0 to 20       |
 //! | `top_logprobs`                                      | integer 0 to 20                   |
 //! | `n`                                                 | integer 1 to 16                   |
+//! | `response_format`, `json_schema`, `regex`, `choices` | see [`super::guide`]             |
 //!
 //! `null` counts as absent, as OpenAI clients mean it.
 
 use serde_json::{Map, Value};
 
-use super::{ErrorCode, Problem};
+use super::{ErrorCode, Problem, guide};
 use crate::engine::SamplingParams;
 
 /// Every field that overrides a sampling parameter. Where fields mean the same, the
 /// later one wins.
-pub const FIELDS: [&str; 17] = [
+pub const FIELDS: [&str; 21] = [
     "max_tokens",
     "max_completion_tokens",
     "max_new_tokens",
@@ -46,6 +47,10 @@ pub const FIELDS: [&str; 17] = [
     "n",
     "top_logprobs",
     "logprobs",
+    guide::FIELDS[0],
+    guide::FIELDS[1],
+    guide::FIELDS[2],
+    guide::FIELDS[3],
 ];
 
 /// Whether a field of a record overrides a sampling parameter.
@@ -64,6 +69,9 @@ pub fn apply(
         if let Some(value) = fields.get(field).filter(|value| !value.is_null()) {
             set(&mut params, field, value)?;
         }
+    }
+    if let Some(guide) = guide::of_record(fields)? {
+        params.guide = guide;
     }
     Ok(params)
 }
@@ -229,6 +237,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::engine::Guide;
 
     fn applied(fields: Value) -> Result<SamplingParams, &'static str> {
         let Value::Object(fields) = fields else { panic!("an object") };
@@ -245,7 +254,7 @@ mod tests {
             "max_new_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 40, "min_p": 0.25,
             "repetition_penalty": 1.5, "presence_penalty": -2, "frequency_penalty": 2,
             "seed": u64::MAX, "stop": ["a", "b"], "ignore_eos": true, "logprobs": 3,
-            "return_token_ids": true, "n": 2
+            "return_token_ids": true, "n": 2, "regex": "a+"
         }));
         let expected = SamplingParams {
             max_new_tokens: 7,
@@ -262,6 +271,7 @@ mod tests {
             logprobs: Some(3),
             return_token_ids: true,
             n: 2,
+            guide: Some(Guide::Regex("a+".into())),
         };
         assert_eq!(params, Ok(expected));
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::{
     ChatTemplate, Defaults, ErrorCode, Problem, Prompt, RawRecord, RecordError, Request, parse,
 };
+use crate::engine::Guides;
 use crate::model::tokenizer::Tokenizer;
 
 /// A record that the engine can take.
@@ -31,6 +32,8 @@ pub struct Preparer {
     pub max_seq_len: usize,
     /// Tokens that must fit behind the prompt: 1 to generate, 0 to score.
     pub reserved_tokens: usize,
+    /// Makes the grammars of the records' guides; the engine's too.
+    pub guides: Arc<Guides>,
     /// Token ids that the model knows: rows of its embedding.
     pub vocab_size: usize,
 }
@@ -42,7 +45,8 @@ impl Preparer {
     /// messages hold theirs already and get none; token ids are taken as they are.
     pub fn prepare(&self, raw: &RawRecord) -> Result<Prepared, RecordError> {
         let request = parse(raw, &self.defaults)?;
-        match self.tokenize(&request.prompt) {
+        let tokenized = self.check_guide(&request).and_then(|()| self.tokenize(&request.prompt));
+        match tokenized {
             Ok((prompt_text, prompt_token_ids)) => {
                 Ok(Prepared { request, prompt_text, prompt_token_ids })
             }
@@ -57,6 +61,16 @@ impl Preparer {
             openai: request.openai.is_some(),
             ..RecordError::at(raw, &self.defaults.file, problem)
         }
+    }
+
+    /// Makes the grammar now: the engine then finds it made.
+    fn check_guide(&self, request: &Request) -> Result<(), Problem> {
+        let Some(guide) = &request.params.guide else { return Ok(()) };
+        let bad = |reason| {
+            let message = format!("what the text must be cannot be followed: {reason}");
+            Problem::new(ErrorCode::BadGuide, message)
+        };
+        self.guides.compile(guide).map(drop).map_err(bad)
     }
 
     fn tokenize(&self, prompt: &Prompt) -> Result<(String, Vec<u32>), Problem> {
@@ -133,6 +147,7 @@ mod tests {
             defaults: Defaults { file: "p.jsonl".into(), ..Defaults::default() },
             max_seq_len: 4,
             reserved_tokens: 1,
+            guides: Arc::new(Guides::new(|| vec![b"a".to_vec(); 6], &[1])),
             vocab_size: 6,
         }
     }
@@ -152,6 +167,16 @@ mod tests {
         assert_eq!(prepared(chat), ("<s> user hello".to_string(), vec![0, 5, 3]));
         let ids = r#"{"prompt_token_ids":[3,4]}"#;
         assert_eq!(prepared(ids), ("hello world".to_string(), vec![3, 4]));
+    }
+
+    #[test]
+    fn a_guide_that_cannot_be_followed_spoils_its_record() {
+        let code = |line: &str| preparer().prepare(&raw(line)).map_err(|e| (e.code.as_str(), e.id));
+        assert!(code(r#"{"id":"a","prompt":"hello","regex":"a+"}"#).is_ok());
+        let bad = Err(("bad_guide", Some("a".to_owned())));
+        assert_eq!(code(r#"{"id":"a","prompt":"hello","regex":"("}"#).map(drop), bad);
+        assert_eq!(code(r#"{"id":"a","prompt":"hello","choices":["b"]}"#).map(drop), bad);
+        assert_eq!(code(r#"{"id":"a","prompt":"hello","json_schema":{"type":1}}"#).map(drop), bad);
     }
 
     #[test]

@@ -40,8 +40,7 @@ fn cases() -> Vec<(PathBuf, Golden)> {
     answers.sort();
     assert!(answers.len() >= 25, "GGUF cases are missing");
     let read = |path: &PathBuf| {
-        let golden: Golden =
-            serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        let golden: Golden = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
         (folder().join(&golden.files[0]), golden)
     };
     // An adapter has a base beside it and is tested with the other adapters.

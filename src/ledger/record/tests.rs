@@ -202,6 +202,7 @@ fn bad_lines_harm_no_others() {
         defaults: Defaults { file: "p.jsonl".into(), ..Defaults::default() },
         max_seq_len: 5,
         reserved_tokens: 1,
+        guides: crate::engine::Guides::new(Vec::new, &[]).into(),
         vocab_size: 6,
     };
     let options = ReadOptions { max_record_bytes: 200, ..ReadOptions::default() };

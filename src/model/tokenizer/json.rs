@@ -14,6 +14,8 @@ pub(super) struct JsonTokenizer {
     spelling: Spelling,
     /// Tokens that are matched as they stand in a text, not spelled by the model.
     added_tokens: HashSet<u32>,
+    /// Those of them that are no text, and are left out of a decoded one.
+    special_ids: HashSet<u32>,
 }
 
 /// How the vocabulary spells bytes, as its decoder tells.
@@ -35,12 +37,18 @@ impl JsonTokenizer {
         inner.with_truncation(None).map_err(Error::input)?;
         inner.with_padding(None);
         let spelling = spelling(inner.get_decoder());
-        let added_tokens = inner.get_added_tokens_decoder().into_keys().collect();
-        Ok(Self { inner, spelling, added_tokens })
+        let added = inner.get_added_tokens_decoder();
+        let special_ids = added.iter().filter(|(_, t)| t.special).map(|(&id, _)| id).collect();
+        let added_tokens = added.into_keys().collect();
+        Ok(Self { inner, spelling, added_tokens, special_ids })
     }
 
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1)
+    }
+
+    pub fn is_special(&self, id: u32) -> bool {
+        self.special_ids.contains(&id)
     }
 
     pub fn token_bytes(&self, id: u32) -> Vec<u8> {

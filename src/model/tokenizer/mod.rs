@@ -212,6 +212,14 @@ impl Tokenizer {
         }
     }
 
+    /// Whether a token is left out of a text that is decoded without special tokens.
+    pub fn is_special(&self, id: u32) -> bool {
+        match &self.inner {
+            Inner::Json(json) => json.is_special(id),
+            Inner::Pieces(pieces) => pieces.is_special(id),
+        }
+    }
+
     /// Ids that end a text: `eos_token_id` of `generation_config.json`, else of
     /// `config.json` (an id or a list), both in the model's directory, else in the
     /// tokenizer's; else those of the GGUF model; else the tokenizer's `eos_token` (HF's

@@ -177,13 +177,16 @@ impl PieceTokenizer {
         symbols
     }
 
+    pub fn is_special(&self, id: u32) -> bool {
+        self.vocabulary.get(id).is_some_and(|token| token.kind.is_special())
+    }
+
     /// Text of `ids`; unknown ids are dropped, incomplete UTF-8 becomes U+FFFD.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> String {
         let mut bytes = Vec::with_capacity(ids.len() * 4);
         for &id in ids {
             let Some(token) = self.vocabulary.get(id) else { continue };
-            let special = matches!(token.kind, Kind::Control | Kind::Unknown);
-            if !(special && skip_special_tokens) {
+            if !(token.kind.is_special() && skip_special_tokens) {
                 bytes.extend(self.token_bytes(id));
             }
         }

@@ -22,6 +22,13 @@ pub(super) enum Kind {
     Unused,
 }
 
+impl Kind {
+    /// Whether it is no text, and is left out of a decoded one.
+    pub fn is_special(self) -> bool {
+        matches!(self, Kind::Control | Kind::Unknown)
+    }
+}
+
 /// A token in the vocabulary's spelling (`Ġthe`, `▁the`, `<0x0A>`).
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Token {

@@ -126,7 +126,8 @@ fn bad_records_have_stable_codes() {
         (batch(r#""url":"/v1/completions","body":{}"#), "no_prompt"),
         (batch(r#""url":"/v1/chat/completions","body":{}"#), "no_prompt"),
         (chat(r#""tools":[{"type":"function"}]"#), "unsupported_field"),
-        (chat(r#""response_format":{"type":"json_object"}"#), "unsupported_field"),
+        (chat(r#""response_format":{"type":"xml"}"#), "unsupported_field"),
+        (chat(r#""response_format":{"type":"json_object"},"regex":"a""#), "bad_guide"),
         (chat(r#""n":17"#), "out_of_range"),
         (
             r#"{"custom_id":"c","method":"GET","url":"/v1/completions","body":{}}"#.into(),

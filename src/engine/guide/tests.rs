@@ -1,0 +1,213 @@
+//! Matchers over a vocabulary of bytes and words, with tokens drawn at random: every
+//! text ends, and is what its guide asks for.
+
+use serde_json::{Value, json};
+
+use super::testing::{EOS, Words, schemas, words};
+use super::*;
+use crate::engine::TokenDecoder;
+
+#[path = "../../../tests/common/schema.rs"]
+mod schema;
+
+use schema::{matches, validate};
+
+fn guides() -> Guides {
+    Guides::new(words, &[EOS])
+}
+
+/// A stream of numbers below `end`.
+struct Draws(u64);
+
+impl Draws {
+    fn next(&mut self, end: usize) -> usize {
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % end
+    }
+}
+
+/// A text of random allowed tokens with room for `room`; its tokens, and whether it is whole.
+fn draw(matcher: &mut Matcher, room: usize, draws: &mut Draws) -> (Vec<u32>, bool) {
+    draw_some(matcher, room, room, draws)
+}
+
+/// The same, cut after `count` tokens.
+fn draw_some(
+    matcher: &mut Matcher,
+    room: usize,
+    count: usize,
+    draws: &mut Draws,
+) -> (Vec<u32>, bool) {
+    let mut tokens = Vec::new();
+    while tokens.len() < count && !matcher.is_complete() {
+        let allowed = matcher.allowed(false).unwrap().to_list();
+        let token = allowed[draws.next(allowed.len())];
+        tokens.push(matcher.take(token, room - tokens.len()).unwrap());
+    }
+    (tokens, matcher.is_accepting())
+}
+
+fn text(tokens: &[u32]) -> String {
+    let tokens: Vec<u32> = tokens.iter().copied().filter(|&id| id != EOS).collect();
+    Words(words()).decode(&tokens)
+}
+
+/// Random tokens would write for ever: the room decides the end, and there is one.
+#[test]
+fn every_text_ends_within_its_room_and_is_valid() {
+    let guides = guides();
+    let mut draws = Draws(1);
+    for schema in schemas() {
+        let grammar = guides.compile(&Guide::json_schema(&schema)).unwrap();
+        let shortest = grammar.start().shortest();
+        for room in [shortest, shortest + 1, shortest + 7, 2 * shortest + 20, 200, 400] {
+            for _ in 0..4 {
+                let (tokens, whole) = draw(&mut grammar.start(), room, &mut draws);
+                let text = text(&tokens);
+                assert!(whole, "{schema} in {room}: {text}");
+                let value: Value = serde_json::from_str(&text).expect(&text);
+                assert_eq!(validate(&schema, &schema, &value), Ok(()), "{text}");
+            }
+        }
+    }
+}
+
+#[test]
+fn patterns_and_choices_are_kept_to_the_last_character() {
+    let guides = guides();
+    let mut draws = Draws(2);
+    for pattern in ["^[a-c]{3,9}x$", "[a-z]+@[a-z]+[.]com", "(?i)yes", "[é-ü ]*!", "a+", "[0-9]{3}"]
+    {
+        let grammar = guides.compile(&Guide::Regex(pattern.into())).unwrap();
+        for room in [24, 25, 60] {
+            let (tokens, whole) = draw(&mut grammar.start(), room, &mut draws);
+            let text = text(&tokens);
+            assert!(whole, "{pattern}: {text}");
+            match pattern.strip_prefix("(?i)") {
+                Some(word) => assert_eq!(text.to_lowercase(), word),
+                None => assert!(matches(pattern, &text), "{pattern}: {text:?}"),
+            }
+        }
+    }
+    let choices = ["yes", "no", "maybe", "may", "a, b \\ \"c\"\n", "é😀", " /$^"].map(String::from);
+    let grammar = guides.compile(&Guide::Choices(choices.to_vec())).unwrap();
+    let mut seen = std::collections::BTreeSet::new();
+    for _ in 0..200 {
+        let (tokens, whole) = draw(&mut grammar.start(), 20, &mut draws);
+        assert!(whole);
+        seen.insert(text(&tokens));
+    }
+    assert_eq!(seen, choices.into_iter().collect());
+}
+
+/// A text ends as soon as nothing can follow, and at EOS where something could.
+#[test]
+fn the_end_is_seen_at_once() {
+    let guides = guides();
+    let run = |guide: Guide, tokens: &[u32]| {
+        let mut matcher = guides.compile(&guide).unwrap().start();
+        let steps = tokens.iter().map(|&token| {
+            assert!(matcher.allowed(false).unwrap().is_allowed(token));
+            assert_eq!(matcher.take(token, 1000), Ok(token));
+            (matcher.is_accepting(), matcher.is_complete())
+        });
+        steps.collect::<Vec<_>>()
+    };
+    let bytes = |text: &str| text.bytes().map(u32::from).collect::<Vec<u32>>();
+    assert_eq!(run(Guide::Regex("ab?".into()), &bytes("ab")), [(true, false), (true, true)]);
+    let eos = [b'a'.into(), EOS];
+    assert_eq!(run(Guide::Regex("ab?".into()), &eos), [(true, false), (true, true)]);
+    let choices = Guide::Choices(vec!["n".into(), "no".into()]);
+    assert_eq!(run(choices, &bytes("no")), [(true, false), (true, true)]);
+    let empty = run(Guide::JsonObject, &bytes("{}"));
+    assert_eq!(empty, [(false, false), (true, true)]);
+    let integer = Guide::json_schema(&json!({"type": "integer"}));
+    assert_eq!(run(integer, &bytes("12"))[1], (true, false));
+}
+
+/// Only what is not allowed is taken away; EOS stays where there is nothing else.
+#[test]
+fn eos_can_be_left_out_while_the_text_can_go_on() {
+    let mut matcher = guides().compile(&Guide::Regex("a|ab".into())).unwrap().start();
+    assert_eq!(matcher.allowed(false).unwrap().to_list()[0], u32::from(b'a'));
+    matcher.take(b'a'.into(), 10).unwrap();
+    assert_eq!(matcher.allowed(false).unwrap().to_list(), [u32::from(b'b'), EOS]);
+    assert_eq!(matcher.allowed(true).unwrap().to_list(), [u32::from(b'b')]);
+    let mut empty = guides().compile(&Guide::Regex("(a{0})".into())).unwrap().start();
+    assert_eq!(empty.allowed(true).unwrap().to_list(), [EOS]);
+}
+
+/// What was taken is taken again, whatever was known of the way out.
+#[test]
+fn a_replayed_text_goes_on_as_the_first_would() {
+    let guides = guides();
+    let mut draws = Draws(3);
+    for schema in schemas() {
+        let grammar = guides.compile(&Guide::json_schema(&schema)).unwrap();
+        let room = grammar.start().shortest() + 50;
+        for _ in 0..6 {
+            let (mut first, mut second) = (grammar.start(), grammar.start());
+            let half = draws.next(room);
+            let begin = Draws(draws.0);
+            let (tokens, _) = draw_some(&mut first, room, half, &mut Draws(begin.0));
+            for (place, &token) in tokens.iter().enumerate() {
+                assert!(second.replay(token, room - place), "{}", text(&tokens));
+            }
+            let rest = room - tokens.len();
+            let ends = [&mut first, &mut second].map(|m| draw(m, rest, &mut Draws(begin.0 ^ 1)));
+            assert_eq!(ends[0], ends[1]);
+        }
+    }
+    let mut matcher = guides.compile(&Guide::JsonObject).unwrap().start();
+    assert!(!matcher.replay(b'['.into(), 100));
+}
+
+#[test]
+fn what_cannot_be_followed_is_refused_with_a_reason() {
+    for (guide, word) in [
+        (Guide::Regex("a(b".into()), "unclosed group"),
+        (Guide::Regex("a\\".into()), "escape"),
+        (Guide::Regex("^$".into()), "empty"),
+        (Guide::Regex(String::new()), "empty"),
+        (Guide::Regex("x".repeat(Guide::MAX_PATTERN_BYTES + 1)), "bytes"),
+        (Guide::Regex("(?=a)b".into()), "look"),
+        (Guide::json_schema(&json!({"pattern": "x".repeat(9000)})), "9000"),
+        (Guide::JsonSchema(" ".repeat(Guide::MAX_BYTES + 1)), "bytes"),
+        (Guide::Choices(vec![]), "no choices"),
+        (Guide::Choices(vec!["a".into(), String::new()]), "empty"),
+        (Guide::JsonSchema("[1]".into()), "object"),
+        (Guide::JsonSchema("{".into()), "JSON"),
+        (Guide::JsonSchema("false".into()), "nothing"),
+        (Guide::json_schema(&json!({"type": "strin"})), "strin"),
+        (Guide::json_schema(&json!({"type": "array", "uniqueItems": true})), "uniqueItems"),
+        (Guide::json_schema(&json!({"$ref": "#/$defs/missing"})), "missing"),
+        (Guide::json_schema(&json!({"type": "string", "pattern": "("})), "unclosed"),
+        (Guide::json_schema(&json!({"type": "integer", "minimum": 3, "maximum": 2})), "3"),
+    ] {
+        let error = check(&guide).expect_err(&format!("{guide:?}"));
+        assert!(error.contains(word) && !error.contains('\n') && error.len() < 400, "{error}");
+    }
+}
+
+/// A vocabulary that cannot write what the guide asks for.
+#[test]
+fn missing_bytes_are_told_when_the_grammar_is_made() {
+    let guides = Guides::new(|| vec![b"a".to_vec(), b"b".to_vec(), Vec::new()], &[2]);
+    assert!(guides.compile(&Guide::Regex("[ab]+".into())).is_ok());
+    let error = guides.compile(&Guide::JsonObject).unwrap_err();
+    assert!(error.contains("tokens can write no text"), "{error}");
+}
+
+#[test]
+fn equal_guides_share_a_grammar_and_few_are_kept() {
+    let guides = guides();
+    let guide = |i: usize| Guide::Regex(format!("a{i}"));
+    let first = guides.compile(&guide(0)).unwrap();
+    for i in 1..40 {
+        guides.compile(&guide(i)).unwrap();
+        assert!(std::sync::Arc::ptr_eq(&first, &guides.compile(&guide(0)).unwrap()));
+    }
+    let again = guides.compile(&guide(1)).unwrap();
+    assert_eq!(again.start().shortest(), first.start().shortest());
+}
