@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use safetensors::SafeTensors;
 
 use super::linear::linear_in_tier;
+use super::quantize::quantize_in_tier;
 use super::*;
 use crate::kernels::gemm::{self, Matrix};
 use crate::kernels::tests::{random, tiers};
@@ -41,12 +42,14 @@ fn quantizes_to_the_bytes_of_ggml() {
     let x = floats(&golden("input"));
     for quant in [QuantType::Q8_0, QuantType::Q4_K, QuantType::Q6_K] {
         let want = golden(&format!("{}.blocks", quant.name()));
-        let mut got = vec![7];
-        quantize_rows(quant, &x, 256, &mut got).unwrap();
-        let (bytes, got) = (quant.block_bytes(), &got[1..]);
-        assert_eq!(got.len(), quant.row_bytes(x.len()));
-        for (i, (got, want)) in got.chunks(bytes).zip(want.chunks(bytes)).enumerate() {
-            assert_eq!(got, want, "{quant:?} block {i}");
+        for tier in tiers() {
+            let mut got = vec![7];
+            quantize_in_tier(tier, quant, &x, 256, &mut got).unwrap();
+            let (bytes, got) = (quant.block_bytes(), &got[1..]);
+            assert_eq!(got.len(), quant.row_bytes(x.len()));
+            for (i, (got, want)) in got.chunks(bytes).zip(want.chunks(bytes)).enumerate() {
+                assert_eq!(got, want, "{quant:?} {tier:?} block {i}");
+            }
         }
     }
 }
