@@ -3,11 +3,8 @@
 
 use serde_json::Value;
 
-use super::guide::testing::{EOS, VOCAB_SIZE, Words, schemas, words};
+use super::guide::testing::{EOS, VOCAB_SIZE, Words, schema, schemas, words};
 use super::*;
-
-#[path = "../../tests/common/schema.rs"]
-mod schema;
 
 /// The longest sequence.
 const CONTEXT: usize = 300;

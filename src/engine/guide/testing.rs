@@ -4,6 +4,9 @@ use serde_json::{Value, json};
 
 use crate::engine::TokenDecoder;
 
+#[path = "../../../tests/common/schema.rs"]
+pub mod schema;
+
 /// Tokens of more than a byte; some end one thing and begin another.
 const PIECES: [&str; 24] = [
     "\": ", "\": \"", "\", \"", "{\"", "}}", "]}", "], ", "[[", ": [", "true", "false", "null",

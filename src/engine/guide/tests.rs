@@ -3,14 +3,10 @@
 
 use serde_json::{Value, json};
 
+use super::testing::schema::{matches, validate};
 use super::testing::{EOS, Words, schemas, words};
 use super::*;
 use crate::engine::TokenDecoder;
-
-#[path = "../../../tests/common/schema.rs"]
-mod schema;
-
-use schema::{matches, validate};
 
 fn guides() -> Guides {
     Guides::new(words, &[EOS])
