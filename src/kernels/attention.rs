@@ -592,7 +592,7 @@ mod tests {
     }
 
     const RULE: Rule<'static> = Rule { window: None, softcap: None, slopes: None };
-    const SLOPES: [f32; 8] = [0.7071, 0.5, 0.3536, 0.25, 0.1768, 0.125, 0.0884, 0.0625];
+    const SLOPES: [f32; 8] = [0.707, 0.5, 0.3536, 0.25, 0.1768, 0.125, 0.0884, 0.0625];
 
     fn bits(x: &[f32]) -> Vec<u32> {
         x.iter().map(|x| x.to_bits()).collect()
@@ -663,24 +663,10 @@ mod tests {
         assert_eq!(alibi_slopes(1), [0.00390625]);
         assert_eq!(alibi_slopes(4), [0.25, 0.0625, 0.015625, 0.00390625]);
         // Its values are rounded to bf16, as the kernel does.
-        let rounded = |n| alibi_slopes(n).into_iter().map(to_bf16).collect::<Vec<_>>();
-        assert_eq!(
-            rounded(12),
-            [
-                0.5,
-                0.25,
-                0.125,
-                0.0625,
-                0.03125,
-                0.015625,
-                0.0078125,
-                0.00390625,
-                0.70703125,
-                0.353515625,
-                0.1767578125,
-                0.08837890625
-            ]
-        );
+        let rounded: Vec<f32> = alibi_slopes(12).into_iter().map(to_bf16).collect();
+        let whole = (1..=8).map(|i| 0.5f32.powi(i));
+        let rest = (0..4).map(|i| 181.0 / 256.0 * 0.5f32.powi(i));
+        assert_eq!(rounded, whole.chain(rest).collect::<Vec<_>>());
     }
 
     fn check_against_formula(case: &Case, out: &[f32]) {
