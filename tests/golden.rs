@@ -10,7 +10,7 @@ use farm::engine::{Engine, EngineConfig, EngineOutput, EngineRequest, Generated,
 use farm::engine::{SamplingParams, TokenDecoder};
 use farm::model::config::AttentionSplit;
 use farm::model::{BatchSequence, Checkpoint, LoadOptions, LogitsWanted, ModelRunner};
-use farm::model::{Runner, StepBatch};
+use farm::model::{Runner, StepBatch, WeightDtype};
 use serde::Deserialize;
 
 #[path = "golden/gguf.rs"]
@@ -58,10 +58,20 @@ fn golden(dir: &Path) -> Golden {
 
 /// Runs `body` as the leader of a group of `size` ranks that hold the model.
 fn with_model<T: Send>(dir: &Path, size: usize, body: impl Fn(&mut ModelRunner) -> T + Sync) -> T {
+    with_model_as(dir, size, None, body)
+}
+
+/// The same with weights converted while they are loaded.
+fn with_model_as<T: Send>(
+    dir: &Path,
+    size: usize,
+    dtype: Option<WeightDtype>,
+    body: impl Fn(&mut ModelRunner) -> T + Sync,
+) -> T {
     let results = LocalComm::run(size, |world| {
         let rank = world.rank();
         let comm: Arc<dyn TensorComm> = Arc::new(HostTensorComm::new(world));
-        let options = LoadOptions { dtype: None, max_seq_len: 512, num_blocks: 64 };
+        let options = LoadOptions { dtype, max_seq_len: 512, num_blocks: 64 };
         let mut runner =
             ModelRunner::load(&Checkpoint::open(dir).unwrap(), &options, comm).unwrap();
         if rank > 0 {

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use farm::kernels::quant::QuantType;
 use farm::model::checkpoint::StoredDtype;
-use farm::model::{Checkpoint, LogitsWanted};
+use farm::model::{Checkpoint, LogitsWanted, WeightDtype};
 use serde::Deserialize;
 
-use super::{greedy, step, tensor_parallel_sizes, with_model};
+use super::{greedy, step, tensor_parallel_sizes, with_model, with_model_as};
 
 /// llama.cpp rounds activations to 8 bits and attention to halves; farm does not.
 const MIN_COSINE: f64 = 0.999;
@@ -81,6 +81,39 @@ fn gguf_files_give_llama_cpps_logits_and_text() {
                     }
                 });
             }
+        }
+    }
+}
+
+/// `--quantize`: close to the values that were quantized, the same at every tensor-parallel
+/// size, and as small as the type promises. Rows of 64 values take Q8_0 for want of 256.
+#[test]
+fn weights_quantized_while_loading_stay_close_and_split_alike() {
+    let wide = folder().join("llama_quantized_f16.gguf");
+    let narrow = folder().join("../llama_bf16");
+    for (model, quant, min_cosine, max_share) in [
+        (&wide, QuantType::Q8_0, 0.9999, 0.54),
+        (&wide, QuantType::Q6_K, 0.999, 0.42),
+        (&wide, QuantType::Q4_K, 0.98, 0.34),
+        (&narrow, QuantType::Q4_K, 0.9999, 0.54),
+    ] {
+        let what = format!("{} as {}", model.display(), quant.name());
+        let ids: Vec<u32> = (0..40).map(|i| (i * 37 + 5) % 270).collect();
+        let run = |size: usize, dtype: Option<WeightDtype>| {
+            with_model_as(model, size, dtype, |runner| {
+                let logits = step(runner, 0, &ids, ids.len(), LogitsWanted::Last).remove(0);
+                (logits, runner.weight_bytes())
+            })
+        };
+        let (exact, stored_bytes) = run(1, None);
+        let (whole, bytes) = run(1, Some(WeightDtype::Quant(quant)));
+        assert!(cosine(&exact, &whole) >= min_cosine, "{what}: {}", cosine(&exact, &whole));
+        let share = bytes as f64 / stored_bytes as f64;
+        assert!(share <= max_share, "{what}: {share} of the bytes");
+        for size in [2, 4] {
+            let (split, _) = run(size, Some(WeightDtype::Quant(quant)));
+            let worst = whole.iter().zip(&split).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(worst <= 1e-4, "{what} TP {size}: logits differ by {worst}");
         }
     }
 }
