@@ -37,7 +37,7 @@ use farm::ledger::{
     estimate_cost,
 };
 use farm::model::tokenizer::Tokenizer;
-use farm::model::{Checkpoint, LoadOptions, ModelConfig, ModelRunner, Runner};
+use farm::model::{Checkpoint, LoadOptions, ModelRunner, Runner};
 use farm::prompts::{Defaults, Preparer, PromptReader, ReadOptions};
 use farm::slurm::OomWatch;
 use farm::stats::events::EventLog;
@@ -231,7 +231,6 @@ impl Bench {
     /// A fresh engine over the model, and what makes records of lines.
     fn worker_parts(&self) -> (Engine<Metered>, Records) {
         let dir = crate::tiny_model();
-        let config = ModelConfig::from_dir(&dir).unwrap();
         let num_blocks = BATCH * MAX_SEQ_LEN.div_ceil(BLOCK_SIZE);
         let options = LoadOptions { dtype: None, max_seq_len: MAX_SEQ_LEN, num_blocks };
         let runner =

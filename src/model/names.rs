@@ -248,19 +248,25 @@ mod tests {
     #[test]
     fn fused_rows_are_found_in_each_layout() {
         let shape = [4, 2, 8];
-        let names = |qkv: Qkv| qkv.places(3, shape, 2..4, 1..2).map(|p| (p.stored_rows, p.rows));
+        let part = |stored_rows: usize, rows: Range<usize>| (stored_rows, rows);
+        let names = |qkv: Qkv| {
+            qkv.places(3, shape, 2..4, 1..2).map(|p| {
+                assert_eq!(p.rows.len(), 1);
+                (p.stored_rows, p.rows[0].clone())
+            })
+        };
         assert_eq!(
             names(Qkv::Split(["q", "k", "v"])),
-            [(32, vec![16..32]), (16, vec![8..16]), (16, vec![8..16])]
+            [part(32, 16..32), part(16, 8..16), part(16, 8..16)]
         );
         assert_eq!(
             names(Qkv::Concatenated("a")),
-            [(64, vec![16..32]), (64, vec![40..48]), (64, vec![56..64])]
+            [part(64, 16..32), part(64, 40..48), part(64, 56..64)]
         );
         // [q0 q1 k0 v0 | q2 q3 k1 v1], 8 rows each.
         assert_eq!(
             names(Qkv::Grouped("a")),
-            [(64, vec![32..48]), (64, vec![48..56]), (64, vec![56..64])]
+            [part(64, 32..48), part(64, 48..56), part(64, 56..64)]
         );
         let all = Qkv::Grouped("l.{}.a").places(3, shape, 0..4, 0..2);
         assert_eq!(all[0].rows, [0..16, 32..48]);

@@ -1,7 +1,9 @@
 //! `tokenizer.json`, by the `tokenizers` crate.
 
 use std::collections::HashSet;
+use std::panic::AssertUnwindSafe;
 
+use llguidance::panic_utils;
 use tokenizers::DecoderWrapper;
 
 use super::byte_level::byte_level_bytes;
@@ -33,7 +35,12 @@ impl JsonTokenizer {
     /// Truncation and padding that the file may carry from training are switched off:
     /// farm never cuts a prompt silently.
     pub fn parse(bytes: &[u8]) -> Result<Self> {
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(Error::input)?;
+        // The crate unwraps parts of some decoders: a damaged file can make it panic.
+        let parse = || Ok(tokenizers::Tokenizer::from_bytes(bytes));
+        let parsed = panic_utils::catch_unwind(AssertUnwindSafe(parse)).map_err(|panic| {
+            Error::input(panic.to_string().lines().next().unwrap_or_default().to_owned())
+        })?;
+        let mut inner = parsed.map_err(Error::input)?;
         inner.with_truncation(None).map_err(Error::input)?;
         inner.with_padding(None);
         let spelling = spelling(inner.get_decoder());
