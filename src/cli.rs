@@ -29,7 +29,7 @@ pub mod values;
 mod tests;
 
 pub use choices::{
-    Dtype, GenerationConfigSource, KernelTier, LogFormat, PromptsFormat, StageFallback,
+    Dtype, GenerationConfigSource, KernelTier, LogFormat, PromptsFormat, Quantize, StageFallback,
 };
 pub use given::{GivenFlag, flag_word, given_flags};
 pub use run::{RetryArgs, RunArgs, StatusArgs};
@@ -76,6 +76,8 @@ pub enum Command {
     Submit(Box<SubmitArgs>),
     /// Copy a model to the memory of every node and keep it there
     Stage(StageCommandArgs),
+    /// Show what a model is, and the memory that it needs
+    Inspect(InspectArgs),
     /// Print the tables of a finished run again and write them as an HTML page
     Report(ReportArgs),
 }
@@ -142,9 +144,12 @@ pub struct ScoreArgs {
 /// `farm stage`.
 #[derive(Debug, Clone, Args)]
 pub struct StageCommandArgs {
-    /// The model directory.
-    #[arg(long, env = "FARM_MODEL", value_name = "DIR", help_heading = "Model")]
+    /// The model: a directory or a GGUF file
+    #[arg(long, env = "FARM_MODEL", value_name = "DIR|FILE.gguf", help_heading = "Model")]
     pub model: PathBuf,
+    /// Tokenizer from elsewhere: tokenizer.json, tokenizer.model, or a directory with one
+    #[arg(long, env = "FARM_TOKENIZER", value_name = "FILE|DIR", help_heading = "Model")]
+    pub tokenizer: Option<PathBuf>,
     /// Node-local directory that receives the model; created where missing
     #[arg(long, env = "FARM_STAGE_DIR", value_name = "DIR", help_heading = "Staging")]
     #[arg(default_value = DEFAULT_STAGE_DIR)]
@@ -152,6 +157,23 @@ pub struct StageCommandArgs {
     /// The log on stderr.
     #[command(flatten)]
     pub log: LogArgs,
+}
+
+/// `farm inspect`.
+#[derive(Debug, Clone, Args)]
+pub struct InspectArgs {
+    /// The model: a directory or a GGUF file
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// Tokenizer from elsewhere: tokenizer.json, tokenizer.model, or a directory with one
+    #[arg(long, env = "FARM_TOKENIZER", value_name = "FILE|DIR")]
+    pub tokenizer: Option<PathBuf>,
+    /// List every tensor: name, shape, type, bytes, file
+    #[arg(long, env = "FARM_TENSORS", value_parser = BoolishValueParser::new())]
+    pub tensors: bool,
+    /// Print one JSON object instead of text
+    #[arg(long, env = "FARM_JSON", value_parser = BoolishValueParser::new())]
+    pub json: bool,
 }
 
 /// `farm report`.
@@ -271,17 +293,33 @@ pub struct RecordArgs {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
-    /// Model directory in Hugging Face form (config.json, tokenizer.json, *.safetensors)
-    #[arg(long, env = "FARM_MODEL", value_name = "DIR")]
+    /// Model: a directory (Hugging Face's or Meta's form) or a GGUF file
+    ///
+    /// A directory holds config.json and *.safetensors or pytorch_model*.bin, or params.json and
+    /// consolidated.*.pth, or one GGUF model. Of a split GGUF model any part will do. A repository
+    /// in the cache of Hugging Face (models--ORG--NAME) stands for its main snapshot. What is in
+    /// it: farm inspect MODEL.
+    #[arg(long, env = "FARM_MODEL", value_name = "DIR|FILE.gguf")]
     pub model: PathBuf,
+    /// Tokenizer from elsewhere: tokenizer.json, tokenizer.model, or a directory with one
+    ///
+    /// It takes the place of the model's own, and its chat template, if it has one, too.
+    #[arg(long, env = "FARM_TOKENIZER", value_name = "FILE|DIR")]
+    pub tokenizer: Option<PathBuf>,
     /// Type of the weights in memory; auto keeps the checkpoint's (arithmetic is f32)
     #[arg(long, env = "FARM_DTYPE", value_name = "DTYPE", default_value = "auto")]
     pub dtype: Dtype,
+    /// Quantize the weights while loading, by llama.cpp's block formats, to save memory
+    ///
+    /// Matrices that are quantized already stay as they are; rows that the format's blocks do not
+    /// divide take q8_0, or keep their type. With q4_k embedding and output projection take q6_k.
+    #[arg(long, env = "FARM_QUANTIZE", value_name = "FORMAT", conflicts_with = "dtype")]
+    pub quantize: Option<Quantize>,
     /// CPU kernels; auto takes the best of each rank's CPU (all give the same bits)
     #[arg(long, env = "FARM_KERNEL_TIER", value_name = "TIER", default_value = "auto")]
     pub kernel_tier: KernelTier,
     /// Most records that a rank works on at once
-    #[arg(long, env = "FARM_MAX_BATCH_SIZE", value_name = "N", default_value_t = 32)]
+    #[arg(long, env = "FARM_MAX_BATCH_SIZE", value_name = "N", default_value_t = DEFAULT_BATCH_SIZE)]
     #[arg(value_parser = one_to(1 << 16))]
     pub max_batch_size: usize,
     /// Longest sequence, prompt and new tokens together [default: the model's context]
@@ -382,6 +420,9 @@ impl OutputArgs {
         self.stats || self.progress(log) != ProgressMode::None
     }
 }
+
+/// Records that a rank works on at once unless told otherwise.
+pub const DEFAULT_BATCH_SIZE: usize = 32;
 
 /// Where models are staged unless told otherwise.
 pub const DEFAULT_STAGE_DIR: &str = "/dev/shm";

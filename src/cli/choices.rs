@@ -39,6 +39,20 @@ pub enum Dtype {
     F16,
 }
 
+/// `--quantize`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Quantize {
+    /// 8.5 bits a weight, blocks of 32.
+    #[value(name = "q8_0")]
+    Q8_0,
+    /// 4.5 bits a weight, blocks of 256.
+    #[value(name = "q4_k")]
+    Q4K,
+    /// 6.6 bits a weight, blocks of 256.
+    #[value(name = "q6_k")]
+    Q6K,
+}
+
 /// `--kernel-tier`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum KernelTier {

@@ -39,7 +39,10 @@ fn every_long_flag_has_its_environment_twin() {
 fn only_the_commands_that_work_are_listed() {
     let command = Cli::command();
     let names: Vec<_> = command.get_subcommands().map(|c| c.get_name()).collect();
-    assert_eq!(names, ["generate", "score", "retry", "status", "submit", "stage", "report"]);
+    assert_eq!(
+        names,
+        ["generate", "score", "retry", "status", "submit", "stage", "inspect", "report"]
+    );
 }
 
 #[test]

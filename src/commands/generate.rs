@@ -21,6 +21,7 @@ use crate::commands::summary::{self, Phases};
 use crate::commands::work::{Metered, Worker, progress_state};
 use crate::engine::{Engine, EngineConfig, Mode};
 use crate::error::{EXIT_SOME_RECORDS_FAILED, say};
+use crate::kernels::quant::QuantType;
 use crate::ledger::claims::ClaimsConfig;
 use crate::ledger::record::RunInfo;
 use crate::ledger::{
@@ -30,6 +31,7 @@ use crate::ledger::{
 };
 use crate::model::{ModelRunner, WeightDtype};
 use crate::slurm::OomWatch;
+use crate::stage::sources::ModelPaths;
 use crate::stage::{self, StageFallback, StageOptions, Staged};
 use crate::stats::events::{self, EventLog};
 use crate::stats::meter::{Meter, ModelCost, StepWork};
@@ -110,12 +112,24 @@ impl Job {
     /// What matrices are converted to; `None` leaves them as they are. (All arithmetic
     /// on the CPU is f32; half-precision weights are widened exactly.)
     pub fn dtype(&self) -> Option<WeightDtype> {
+        if let Some(quantize) = self.model.quantize {
+            return Some(WeightDtype::Quant(match quantize {
+                cli::Quantize::Q8_0 => QuantType::Q8_0,
+                cli::Quantize::Q4K => QuantType::Q4_K,
+                cli::Quantize::Q6K => QuantType::Q6_K,
+            }));
+        }
         match self.model.dtype {
             cli::Dtype::Auto => None,
             cli::Dtype::F32 => Some(WeightDtype::F32),
             cli::Dtype::Bf16 => Some(WeightDtype::Bf16),
             cli::Dtype::F16 => Some(WeightDtype::F16),
         }
+    }
+
+    /// The files that the flags name: model, tokenizer.
+    pub fn sources(&self) -> ModelPaths {
+        ModelPaths { tokenizer: self.model.tokenizer.clone(), ..ModelPaths::of(&self.model.model) }
     }
 
     /// The flags for another start on the same run: with absolute paths, without those of the
@@ -125,7 +139,8 @@ impl Job {
     /// A fault where the current directory is not known.
     pub fn arguments(&self) -> Result<Vec<OsString>> {
         const OWN: [&str; 3] = ["run-dir", "resume", "force-new"];
-        const PATHS: [&str; 5] = ["prompts-file", "model", "output", "stage-dir", "json-schema"];
+        const PATHS: [&str; 6] =
+            ["prompts-file", "model", "tokenizer", "output", "stage-dir", "json-schema"];
         let flags = self.given.iter().filter(|flag| !OWN.contains(&flag.name.as_str()));
         let word = |flag: &cli::GivenFlag| match &flag.value {
             Some(path) if PATHS.contains(&flag.name.as_str()) && path != "-" => {
@@ -184,7 +199,15 @@ impl Job {
         phases.ready_at_seconds = start.elapsed().as_secs_f64();
         phases.load_seconds = phases.ready_at_seconds - phases.start_seconds - phases.stage_seconds;
         phases.weight_bytes = loaded.runner.weight_bytes();
-        events.emit(start.elapsed(), "load", json!({ "weight_bytes": phases.weight_bytes }));
+        phases.owned_weight_bytes = loaded.runner.owned_weight_bytes();
+        phases.checkpoint_bytes = loaded.runner.bytes_read();
+        let loaded_bytes = json!({
+            "weight_bytes": phases.weight_bytes,
+            "owned_weight_bytes": phases.owned_weight_bytes,
+            "checkpoint_bytes": phases.checkpoint_bytes,
+            "load_seconds": phases.load_seconds,
+        });
+        events.emit(start.elapsed(), "load", loaded_bytes);
         world.barrier();
 
         let mut meter = Meter::new(model_cost(&loaded.runner));
@@ -237,7 +260,7 @@ impl Job {
                 cli::StageFallback::InPlace => StageFallback::InPlace,
             },
             no_stage: self.staging.no_stage,
-            ..StageOptions::new(&self.model.model, &self.staging.stage_dir)
+            ..StageOptions::new(self.sources(), &self.staging.stage_dir)
         };
         let staged = stage::stage(topology, &options)?;
         events.emit(start.elapsed(), "stage", json!(staged.report));

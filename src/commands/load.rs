@@ -1,18 +1,21 @@
 //! From a staged directory to a rank that can work: the model with its KV cache, and
 //! what turns a record into token ids.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::Result;
 use crate::comm::{Communicator, HostTensorComm, TensorComm, Topology, agree};
+use crate::commands::footprint;
 use crate::commands::generate::Job;
 use crate::commands::launch::Rank;
 use crate::commands::plan::RunPlan;
 use crate::engine::{Guides, Mode, TokenDecoder};
 use crate::kernels::attention::BLOCK_SIZE;
+use crate::model::checkpoint::Contents;
 use crate::model::tokenizer::Tokenizer;
-use crate::model::{Checkpoint, LoadOptions, ModelConfig, ModelRunner, Runner};
+use crate::model::{Checkpoint, LoadOptions, ModelRunner, Runner};
 use crate::prompts::{ChatTemplate, Defaults, Preparer};
 use crate::slurm::memory_for_rank;
 use crate::stats::format;
@@ -43,14 +46,21 @@ pub fn load(
     staged: &stage::Staged,
 ) -> Result<Loaded> {
     let world = &*topology.world;
-    let dir: &Path = &staged.model_path;
-    let (checkpoint, tokenizer, template) = agree(world, open(dir, plan))?;
-    let config = checkpoint.config();
-    let num_blocks = agree(world, num_blocks(job, rank, topology, plan, config, staged))?;
+    let (checkpoint, tokenizer, template) = agree(world, open(staged, plan))?;
+    let num_blocks = agree(world, num_blocks(job, rank, topology, plan, &checkpoint, staged))?;
     let num_blocks = least(&*topology.tensor_parallel, num_blocks);
     let comm: Arc<dyn TensorComm> = Arc::new(HostTensorComm::new(topology.tensor_parallel.clone()));
     let options = LoadOptions { dtype: job.dtype(), max_seq_len: plan.max_seq_len, num_blocks };
+    let started = Instant::now();
     let runner = agree(world, ModelRunner::load(&checkpoint, &options, comm))?;
+    if world.rank() == 0 {
+        tracing::info!(
+            "weights loaded in {}: {} of the checkpoint read or mapped, {} of this rank's own",
+            format::seconds(started.elapsed().as_secs_f64()),
+            format::bytes(runner.bytes_read()),
+            format::bytes(runner.owned_weight_bytes()),
+        );
+    }
     let eos_token_ids = tokenizer.eos_token_ids().to_vec();
     let guides = Arc::new(guides(&tokenizer, runner.vocab_size(), &eos_token_ids));
     let preparer = Preparer {
@@ -82,12 +92,53 @@ fn guides(tokenizer: &Arc<Tokenizer>, vocab_size: usize, eos_token_ids: &[u32]) 
 type Opened = (Checkpoint, Arc<Tokenizer>, Option<ChatTemplate>);
 
 /// What can be wrong before any weight is read.
-fn open(model: &Path, plan: &RunPlan) -> Result<Opened> {
-    let checkpoint = Checkpoint::open(model)?;
-    let metadata = checkpoint.metadata();
-    let template = ChatTemplate::open(model, metadata, plan.started_unix_seconds)?;
-    let tokenizer = Arc::new(Tokenizer::open(model, None, metadata)?);
+fn open(staged: &stage::Staged, plan: &RunPlan) -> Result<Opened> {
+    let checkpoint = Checkpoint::open(&staged.model_path)?;
+    let given = staged.tokenizer_path.as_deref();
+    let contents = checkpoint.contents();
+    let template = chat_template(contents, given, plan.started_unix_seconds)?;
+    let tokenizer = Arc::new(tokenizer(contents, given)?);
     Ok((checkpoint, tokenizer, template))
+}
+
+/// The tokenizer at `given`, else the model's own.
+///
+/// # Errors
+/// See [`Tokenizer::open`].
+pub fn tokenizer(model: &Contents, given: Option<&Path>) -> Result<Tokenizer> {
+    Tokenizer::open(first_file(model), given, model.metadata.as_ref())
+}
+
+/// The chat template that comes with the tokenizer at `given`, else the one in the GGUF file,
+/// else that of the model's directory; `None` if there is none.
+///
+/// # Errors
+/// See [`ChatTemplate::open`].
+pub fn chat_template(
+    model: &Contents,
+    given: Option<&Path>,
+    now_unix_seconds: u64,
+) -> Result<Option<ChatTemplate>> {
+    let beside = |path: &Path| match path.parent() {
+        Some(dir) if !path.is_dir() => dir.to_owned(),
+        _ => path.to_owned(),
+    };
+    if let Some(dir) = given.map(beside)
+        && let found @ Some(_) = ChatTemplate::from_dir(&dir, now_unix_seconds)?
+    {
+        return Ok(found);
+    }
+    // In the name of the file: what lies beside it in a folder of many models may be another's.
+    let own = ChatTemplate::open(first_file(model), model.metadata.as_ref(), now_unix_seconds)?;
+    match own {
+        Some(own) => Ok(Some(own)),
+        None => ChatTemplate::from_dir(&model.files.dir, now_unix_seconds),
+    }
+}
+
+/// The model's first file: messages name it, and it has its directory around it.
+fn first_file(model: &Contents) -> &Path {
+    model.files.weights.first().map_or(&model.files.dir, PathBuf::as_path)
 }
 
 /// The least `count` of the group: its ranks keep the same blocks.
@@ -108,16 +159,18 @@ fn num_blocks(
     rank: &Rank,
     topology: &Topology,
     plan: &RunPlan,
-    config: &ModelConfig,
+    checkpoint: &Checkpoint,
     staged: &stage::Staged,
 ) -> Result<usize> {
-    let kv_heads = config.local_kv_heads(topology.tensor_parallel.size());
-    let block_bytes = config.kv_block_bytes(kv_heads, BLOCK_SIZE).max(1);
+    let (config, size) = (checkpoint.config(), topology.tensor_parallel.size());
+    let block_bytes = config.kv_block_bytes(config.local_kv_heads(size), BLOCK_SIZE).max(1);
     let budget = memory_for_rank(&rank.job, topology.node.size(), staged.report.model_bytes);
     if let Some(budget) = &budget {
         tracing::debug!("{} bytes free for this rank ({})", budget.bytes, budget.limited_by);
     }
-    let free = budget.map(|budget| budget.bytes);
+    // Not there yet, but on their way: weights that are converted or cut.
+    let owned = footprint::weights(config, checkpoint.tensors(), job.dtype(), size).owned;
+    let free = budget.map(|budget| budget.bytes.saturating_sub(owned));
     let allowed = match (job.model.kv_cache_memory, free) {
         // More than there is would end the process, not this run with a message.
         (Some(flag), free) => Some(free.map_or(flag, |free| flag.min(free))),

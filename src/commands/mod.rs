@@ -5,7 +5,9 @@
 //! [`summary`].
 
 pub mod deadline;
+pub mod footprint;
 pub mod generate;
+pub mod inspect;
 pub mod launch;
 pub mod load;
 pub mod logging;
@@ -52,6 +54,7 @@ pub fn run(cli: &Cli) -> i32 {
             launch::on_ranks(&Start::plain(&args.log), |rank| stage::run(args, rank))
         }
         Command::Submit(args) => without_ranks(submit::run(args, &cli.given)),
+        Command::Inspect(args) => without_ranks(inspect::run(args)),
         Command::Report(args) => without_ranks(report::run(args)),
     };
     outcome.unwrap_or_else(exit_code)

@@ -12,13 +12,13 @@ use crate::cli::{self, GenerationConfigSource};
 use crate::commands::deadline::{Deadline, job_seconds_left};
 use crate::commands::generate::Job;
 use crate::commands::launch::Rank;
+use crate::commands::load;
 use crate::engine::{Mode, SamplingParams};
 use crate::ledger::claims::{Claims, Evidence, HostEvidence, JobRef, LaunchId, Standing};
 use crate::ledger::{
     self, ExistingRun, Journals, Membership, OrderedOutput, OutputCounts, OutputTarget, RunDir,
     RunFile, RunIdentity, membership,
 };
-use crate::model::tokenizer::Tokenizer;
 use crate::model::{Checkpoint, ModelConfig, WeightDtype};
 use crate::prompts::{
     GenerationConfig, InputIdentity, PromptFormat, PromptReader, ReadOptions, SamplingFlags,
@@ -155,10 +155,10 @@ impl PromptsSource {
 /// Input and usage errors that name the file or the flag.
 pub fn check(job: &Job) -> Result<Checked> {
     check_output(job)?;
-    let manifest = Manifest::read(&job.model.model)?;
-    let config = check_model(job)?;
-    let max_seq_len = max_seq_len(job, &config)?;
-    let params = resolve_sampling(job)?;
+    let manifest = Manifest::read(&job.sources())?;
+    let checkpoint = open_checkpoint(job, &manifest)?;
+    let max_seq_len = max_seq_len(job, checkpoint.config())?;
+    let params = resolve_sampling(job, &checkpoint)?;
     let (prompts, input) = open_prompts(job)?;
     let identity = RunIdentity {
         command: job.command.to_owned(),
@@ -338,11 +338,11 @@ fn is_finished(job: &Job, session: &Session) -> bool {
 }
 
 /// Reads what a load would stumble over: configuration, headers, tokenizer.
-fn check_model(job: &Job) -> Result<ModelConfig> {
-    let checkpoint = Checkpoint::open(&job.model.model)?;
+fn open_checkpoint(job: &Job, manifest: &Manifest) -> Result<Checkpoint> {
+    let checkpoint = Checkpoint::open(&manifest.in_place.model)?;
     checkpoint.config().check_tensor_parallel(job.parallelism.tensor_parallel)?;
-    Tokenizer::open(&job.model.model, None, checkpoint.metadata())?;
-    Ok(checkpoint.config().clone())
+    load::tokenizer(checkpoint.contents(), manifest.in_place.tokenizer.as_deref())?;
+    Ok(checkpoint)
 }
 
 fn max_seq_len(job: &Job, config: &ModelConfig) -> Result<usize> {
@@ -355,9 +355,9 @@ fn max_seq_len(job: &Job, config: &ModelConfig) -> Result<usize> {
     }
 }
 
-fn resolve_sampling(job: &Job) -> Result<SamplingParams> {
+fn resolve_sampling(job: &Job, checkpoint: &Checkpoint) -> Result<SamplingParams> {
     let model = match job.sampling.generation_config {
-        GenerationConfigSource::Model => GenerationConfig::from_dir(&job.model.model)?,
+        GenerationConfigSource::Model => GenerationConfig::from_dir(&checkpoint.files().dir)?,
         GenerationConfigSource::Ignore => GenerationConfig::default(),
     };
     let flags = &job.sampling;

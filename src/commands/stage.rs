@@ -5,6 +5,7 @@ use crate::cli::StageCommandArgs;
 use crate::comm::{Topology, agree};
 use crate::commands::launch::Rank;
 use crate::commands::print;
+use crate::stage::sources::ModelPaths;
 use crate::stage::{StageOptions, Staged, stage};
 use crate::stats::format;
 
@@ -14,7 +15,8 @@ use crate::stats::format;
 /// Alike on all ranks: the model is unusable, or a node has no room.
 pub fn run(args: &StageCommandArgs, rank: &Rank) -> Result<i32> {
     let topology = Topology::new(rank.world.clone(), 1)?;
-    let options = StageOptions { keep: true, ..StageOptions::new(&args.model, &args.stage_dir) };
+    let sources = ModelPaths { tokenizer: args.tokenizer.clone(), ..ModelPaths::of(&args.model) };
+    let options = StageOptions { keep: true, ..StageOptions::new(sources, &args.stage_dir) };
     let staged = stage(&topology, &options)?;
     let line = summary(&staged, topology.num_nodes);
     staged.finish(&topology);

@@ -30,6 +30,10 @@ pub struct Phases {
     pub ready_at_seconds: f64,
     /// Weights on this rank.
     pub weight_bytes: u64,
+    /// Those that are its own, not mapped.
+    pub owned_weight_bytes: u64,
+    /// What it read or mapped of the checkpoint.
+    pub checkpoint_bytes: u64,
 }
 
 /// What the figures are made of.
@@ -105,6 +109,8 @@ fn rank_stats(facts: &Facts) -> RankStats {
         ready_at_seconds: phases.ready_at_seconds,
         total_seconds: facts.total_seconds,
         weight_bytes: Some(phases.weight_bytes),
+        owned_weight_bytes: Some(phases.owned_weight_bytes),
+        checkpoint_bytes: Some(phases.checkpoint_bytes),
         staged_bytes: Some(if topology.is_node_leader() { copied } else { 0 }),
         disk_read_bytes: in_process(process::disk_read_bytes()),
         peak_resident_bytes: process::peak_resident_bytes(),

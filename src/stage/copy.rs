@@ -117,26 +117,21 @@ pub struct ChunkFiles {
 }
 
 impl ChunkFiles {
-    fn with(
-        directory: &Path,
-        entries: &[FileEntry],
-        open: impl Fn(&Path) -> Result<File>,
-    ) -> Result<Self> {
-        let paths: Vec<PathBuf> = entries.iter().map(|entry| directory.join(&entry.path)).collect();
+    fn with(paths: Vec<PathBuf>, open: impl Fn(&Path) -> Result<File>) -> Result<Self> {
         let files = paths.iter().map(|path| open(path)).collect::<Result<_>>()?;
         Ok(Self { files, paths })
     }
 
-    /// The model's own files, to read; links are followed.
-    pub fn open_source(directory: &Path, entries: &[FileEntry]) -> Result<Self> {
-        Self::with(directory, entries, |path| {
+    /// The files where they come from, to read; links are followed.
+    pub fn open_source(entries: &[FileEntry]) -> Result<Self> {
+        Self::with(entries.iter().map(|entry| entry.source.clone()).collect(), |path| {
             File::open(path).map_err(|error| Error::io(path, error))
         })
     }
 
     /// The files of a complete copy, to read and mend.
     pub fn open(directory: &Path, entries: &[FileEntry]) -> Result<Self> {
-        Self::with(directory, entries, |path| {
+        Self::with(below(directory, entries), |path| {
             OpenOptions::new()
                 .read(true)
                 .write(true)
@@ -149,7 +144,7 @@ impl ChunkFiles {
     /// New files, with all their space reserved: a shortage shows here, and not as a
     /// fault at a mapped page later.
     pub fn create(directory: &Path, entries: &[FileEntry]) -> Result<Self> {
-        let files = Self::with(directory, entries, |path| {
+        let files = Self::with(below(directory, entries), |path| {
             let parent = path.parent().unwrap_or(directory);
             fs::DirBuilder::new()
                 .recursive(true)
@@ -203,6 +198,10 @@ impl ChunkFiles {
         }
         Ok(())
     }
+}
+
+fn below(directory: &Path, entries: &[FileEntry]) -> Vec<PathBuf> {
+    entries.iter().map(|entry| directory.join(&entry.path)).collect()
 }
 
 fn new_file(path: &Path) -> Result<File> {

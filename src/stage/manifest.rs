@@ -1,111 +1,106 @@
-//! Which files of a model are needed, and the key that names this state of them.
+//! Which files a run needs of a model, a tokenizer and adapters, and the key that names this
+//! state of them.
+//!
+//! In the copy the model's files lie at the top, a tokenizer from elsewhere under
+//! `tokenizer/`, adapters under `adapters/NAME/`: each with the files that lay beside it, so
+//! that a copy means what its sources mean.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::sources::{ModelPaths, model_name, resolved};
+use crate::model::checkpoint::{Format, ModelFiles};
 use crate::{Error, Result};
 
-/// Files beside the weights that a loader or tokenizer may ask for.
-const SMALL_FILES: [&str; 11] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
+/// What describes a model, beside its weights.
+const CONFIG_FILES: [&str; 3] = ["config.json", "generation_config.json", "params.json"];
+/// What describes a tokenizer, beside its vocabulary.
+const TEXT_FILES: [&str; 4] = [
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
 ];
-const INDEX: &str = "model.safetensors.index.json";
+/// Vocabularies.
+const TOKENIZER_FILES: [&str; 5] =
+    ["tokenizer.json", "tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt"];
+/// What an adapter's directory may hold.
+const ADAPTER_FILES: [&str; 3] =
+    ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"];
 
 /// One file of the model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileEntry {
-    /// Path below the model directory.
+    /// Path below the copy.
     pub path: String,
+    /// Where it is read, absolute.
+    pub source: PathBuf,
     /// Size in bytes.
     pub bytes: u64,
     /// Time of the last change, nanoseconds since 1970.
     pub mtime_ns: i64,
 }
 
-/// The files of a model that a run needs, as they are at its source.
+/// The files that a run needs, as they are at their sources.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// The directory that the files are in, symlinks resolved.
-    pub root: PathBuf,
-    /// The model's name: that of its directory, or of the single file.
+    /// The model's name; see [`model_name`].
     pub name: String,
     /// The needed files in order of path.
     pub files: Vec<FileEntry>,
-    /// The one file that `--model` names, if it names a file.
-    pub single_file: Option<String>,
-    /// Short hash of root, paths, sizes and times: another state has another key.
+    /// Short hash of sources, sizes and times: another state has another key.
     pub key: String,
+    /// What to load where nothing is copied.
+    pub in_place: ModelPaths,
+    /// The same below a copy.
+    below_copy: ModelPaths,
 }
 
 impl Manifest {
-    /// Looks at `model`, a directory of safetensors or GGUF files or one GGUF file.
-    /// Symlinks (as in the Hugging Face cache) are followed. Fails (input) if it is
-    /// missing, holds no weights, or its index names a file that is not there.
-    pub fn read(model: &Path) -> Result<Self> {
-        let found = fs::canonicalize(model).map_err(|error| {
-            Error::input(format!("--model {}: {error}; give its full path", model.display()))
-        })?;
-        // In the cache of Hugging Face the last component is a hash: the name is as given.
-        let name = fs::canonicalize(model.parent().unwrap_or(model))
-            .ok()
-            .and(model.file_name())
-            .or(found.file_name())
-            .map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned());
-        if !found.is_dir() {
-            let root = model.parent().filter(|parent| !parent.as_os_str().is_empty());
-            let root = fs::canonicalize(root.unwrap_or(Path::new(".")))
-                .map_err(|error| Error::io(model, error))?;
-            if !name.ends_with(".gguf") {
-                return Err(Error::input(format!(
-                    "--model {}: neither a model directory nor a .gguf file",
-                    model.display()
-                )));
-            }
-            return Self::of_files(root, name.clone(), BTreeSet::from([name.clone()]), Some(name));
+    /// Looks at the files that `asked` names and those that belong to them. Symlinks (as in
+    /// the Hugging Face cache) are followed; a repository there stands for its snapshot.
+    ///
+    /// # Errors
+    /// Input errors for what is missing, cannot be read, or is not what it should be; see
+    /// [`ModelFiles::find`]. A usage error for an adapter's name that is no plain name.
+    pub fn read(asked: &ModelPaths) -> Result<Self> {
+        let model = resolved(&asked.model)?;
+        let name = model_name(&model);
+        let found = ModelFiles::find(&model)?;
+        let root = canonical(&found.dir, "--model")?;
+        let mut listing = Listing::default();
+        for path in &found.weights {
+            listing.add("", &root, &[file_name(path)?]);
         }
-        let mut files = weight_files(&found)?;
-        for name in SMALL_FILES.into_iter().filter(|name| found.join(name).is_file()) {
-            files.insert(name.to_owned());
-        }
-        Self::of_files(found, name, files, None)
-    }
+        listing.add("", &root, index(found.format).as_slice());
+        listing.add("", &root, &CONFIG_FILES);
+        listing.add("", &root, &TEXT_FILES);
 
-    fn of_files(
-        root: PathBuf,
-        name: String,
-        paths: BTreeSet<String>,
-        single_file: Option<String>,
-    ) -> Result<Self> {
-        let files = paths
-            .into_iter()
-            .map(|path| {
-                let full = root.join(&path);
-                // Opened too: a file that cannot be read is a bad model, said before any work.
-                let meta =
-                    fs::File::open(&full).and_then(|file| file.metadata()).map_err(|error| {
-                        Error::input(format!("model file {}: {error}", full.display()))
-                    })?;
-                let mtime_ns =
-                    meta.mtime().wrapping_mul(1_000_000_000).wrapping_add(meta.mtime_nsec());
-                Ok(FileEntry { path, bytes: meta.len(), mtime_ns })
-            })
-            .collect::<Result<Vec<_>>>()?;
-        let key = key_of(&root, &files);
-        Ok(Self { root, name, files, single_file, key })
+        let tokenizer = match &asked.tokenizer {
+            Some(path) => Some(resolved(path)?),
+            None => tokenizer_of_meta(&root, found.format),
+        };
+        if tokenizer.is_none() {
+            listing.add("", &root, &TOKENIZER_FILES);
+        }
+        let mut below_copy = ModelPaths::default();
+        if !model.is_dir() {
+            below_copy.model = file_name(&found.weights[0])?.into();
+        }
+        below_copy.tokenizer =
+            tokenizer.as_deref().map(|path| listing.add_tokenizer(path)).transpose()?;
+        let mut in_place = ModelPaths { model, tokenizer, adapters: Vec::new() };
+        for (name, path) in &asked.adapters {
+            let path = resolved(path)?;
+            below_copy.adapters.push((name.clone(), listing.add_adapter(name, &path)?));
+            in_place.adapters.push((name.clone(), path));
+        }
+        let files = listing.entries()?;
+        Ok(Self { name, key: key_of(&files), files, in_place, below_copy })
     }
 
     /// Bytes of all files.
@@ -113,9 +108,19 @@ impl Manifest {
         self.files.iter().map(|file| file.bytes).sum()
     }
 
-    /// What to hand to the loader when the files are in `directory`.
-    pub fn model_path(&self, directory: &Path) -> PathBuf {
-        self.single_file.as_ref().map_or_else(|| directory.to_owned(), |file| directory.join(file))
+    /// What to load when the files are in `copy`.
+    pub fn in_copy(&self, copy: &Path) -> ModelPaths {
+        // Joined to nothing, a path would end in a slash.
+        let below = |path: &PathBuf| match path.as_os_str().is_empty() {
+            true => copy.to_owned(),
+            false => copy.join(path),
+        };
+        let ModelPaths { model, tokenizer, adapters } = &self.below_copy;
+        ModelPaths {
+            model: below(model),
+            tokenizer: tokenizer.as_ref().map(below),
+            adapters: adapters.iter().map(|(name, path)| (name.clone(), below(path))).collect(),
+        }
     }
 
     /// The name of the staged copy: readable, and different for each state of each model.
@@ -127,85 +132,131 @@ impl Manifest {
     }
 }
 
-fn key_of(root: &Path, files: &[FileEntry]) -> String {
+/// Files by their place in the copy.
+#[derive(Default)]
+struct Listing(BTreeMap<String, PathBuf>);
+
+impl Listing {
+    /// Those of `names` that are in `dir`, for the folder `folder` of the copy.
+    fn add(&mut self, folder: &str, dir: &Path, names: &[&str]) {
+        for name in names.iter().filter(|name| dir.join(name).is_file()) {
+            self.0.insert(format!("{folder}{name}"), dir.join(name));
+        }
+    }
+
+    /// The tokenizer at `path` with what lies beside it; returns its path in the copy.
+    fn add_tokenizer(&mut self, path: &Path) -> Result<PathBuf> {
+        const FOLDER: &str = "tokenizer/";
+        const FLAG: &str = "--tokenizer";
+        let is_dir = path.is_dir();
+        let dir = canonical(if is_dir { path } else { parent(path) }, FLAG)?;
+        let mut file = "";
+        if is_dir {
+            self.add(FOLDER, &dir, &TOKENIZER_FILES);
+            if !TOKENIZER_FILES[..2].iter().any(|name| dir.join(name).is_file()) {
+                return Err(Error::input(format!(
+                    "{FLAG} {}: neither tokenizer.json nor tokenizer.model is there",
+                    path.display()
+                )));
+            }
+        } else {
+            file = file_name(path)?;
+            self.add(FOLDER, &dir, &[file, "added_tokens.json"]);
+            if !dir.join(file).is_file() {
+                return Err(Error::input(format!("{FLAG} {}: no such file", path.display())));
+            }
+        }
+        self.add(FOLDER, &dir, &TEXT_FILES);
+        // They may name the tokens that end a text.
+        self.add(FOLDER, &dir, &CONFIG_FILES[..2]);
+        Ok(Path::new("tokenizer").join(file).components().collect())
+    }
+
+    /// The adapter `name` at `path`; returns its path in the copy.
+    fn add_adapter(&mut self, name: &str, path: &Path) -> Result<PathBuf> {
+        let safe = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+        if name.is_empty() || name.starts_with('.') || !name.chars().all(safe) {
+            return Err(Error::usage(format!(
+                "--adapter {name}: a name is letters, digits, '.', '_' and '-'"
+            )));
+        }
+        let folder = format!("adapters/{name}/");
+        let is_dir = path.is_dir();
+        let dir = canonical(if is_dir { path } else { parent(path) }, "--adapter")?;
+        let before = self.0.len();
+        let file = if is_dir { "" } else { file_name(path)? };
+        match Path::new(file).extension() {
+            // A GGUF file needs no configuration beside it.
+            Some(ending) if ending.eq_ignore_ascii_case("gguf") => self.add(&folder, &dir, &[file]),
+            Some(_) => self.add(&folder, &dir, &[file, ADAPTER_FILES[0]]),
+            None => self.add(&folder, &dir, &ADAPTER_FILES),
+        }
+        if self.0.len() == before {
+            return Err(Error::input(format!(
+                "--adapter {}: no adapter (a directory with adapter_model.safetensors or \
+                 adapter_model.bin, or a GGUF file)",
+                path.display()
+            )));
+        }
+        Ok(Path::new(&folder).join(file).components().collect())
+    }
+
+    /// Each is opened: a file that cannot be read is a bad model, said before any work.
+    fn entries(self) -> Result<Vec<FileEntry>> {
+        let entry = |(path, source): (String, PathBuf)| {
+            let meta = fs::File::open(&source)
+                .and_then(|file| file.metadata())
+                .map_err(|e| Error::input(format!("model file {}: {e}", source.display())))?;
+            let mtime_ns = meta.mtime().wrapping_mul(1_000_000_000).wrapping_add(meta.mtime_nsec());
+            Ok(FileEntry { path, source, bytes: meta.len(), mtime_ns })
+        };
+        self.0.into_iter().map(entry).collect()
+    }
+}
+
+/// The index of shards that a form of checkpoint may have.
+fn index(format: Format) -> Option<&'static str> {
+    match format {
+        Format::Safetensors => Some("model.safetensors.index.json"),
+        Format::Torch => Some("pytorch_model.bin.index.json"),
+        Format::Meta | Format::Gguf => None,
+    }
+}
+
+/// Meta's downloads keep the tokenizer of several models in the directory above them.
+fn tokenizer_of_meta(root: &Path, format: Format) -> Option<PathBuf> {
+    let above = root.parent()?.join("tokenizer.model");
+    let has_own = TOKENIZER_FILES[..2].iter().any(|name| root.join(name).is_file());
+    (format != Format::Gguf && !has_own && above.is_file()).then_some(above)
+}
+
+fn canonical(dir: &Path, flag: &str) -> Result<PathBuf> {
+    fs::canonicalize(dir).map_err(|e| Error::input(format!("{flag} {}: {e}", dir.display())))
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+fn file_name(path: &Path) -> Result<&str> {
+    path.file_name()
+        .and_then(|name| name.to_str())
+        .ok_or_else(|| Error::input(format!("{}: the file's name is no text", path.display())))
+}
+
+fn key_of(files: &[FileEntry]) -> String {
     let mut hasher = blake3::Hasher::new();
     let mut add = |bytes: &[u8]| {
         hasher.update(&(bytes.len() as u64).to_le_bytes());
         hasher.update(bytes);
     };
-    add(root.as_os_str().as_encoded_bytes());
     for file in files {
         add(file.path.as_bytes());
+        add(file.source.as_os_str().as_encoded_bytes());
         add(&file.bytes.to_le_bytes());
         add(&file.mtime_ns.to_le_bytes());
     }
     hasher.finalize().to_hex()[..16].to_owned()
-}
-
-/// The files that hold the weights, and the index if there is one.
-fn weight_files(root: &Path) -> Result<BTreeSet<String>> {
-    if root.join(INDEX).is_file() {
-        let mut files = indexed_files(&root.join(INDEX))?;
-        files.insert(INDEX.to_owned());
-        return Ok(files);
-    }
-    let mut names: Vec<String> = fs::read_dir(root)
-        .and_then(|entries| {
-            entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
-        })
-        .map_err(|error| Error::input(format!("--model {}: {error}", root.display())))?;
-    names.sort();
-    let ending = |ending: &str| -> BTreeSet<String> {
-        names.iter().filter(|name| name.ends_with(ending)).cloned().collect()
-    };
-    let mut weights = ending(".safetensors");
-    // Some models carry the same weights twice (consolidated.safetensors).
-    if weights.contains("model.safetensors") {
-        weights = BTreeSet::from(["model.safetensors".to_owned()]);
-    }
-    if weights.is_empty() {
-        weights = ending(".gguf");
-    }
-    if weights.is_empty() {
-        let hint = if ending(".bin").is_empty() {
-            "is it the right directory?"
-        } else {
-            "it has .bin files: convert them with safetensors' convert.py"
-        };
-        return Err(Error::input(format!(
-            "--model {}: no weights (*.safetensors, {INDEX} or *.gguf); {hint}",
-            root.display()
-        )));
-    }
-    Ok(weights)
-}
-
-/// The files that a safetensors index names; all must be there.
-fn indexed_files(index: &Path) -> Result<BTreeSet<String>> {
-    #[derive(Deserialize)]
-    struct Index {
-        weight_map: std::collections::HashMap<String, String>,
-    }
-    let bad = |error: String| Error::input(format!("{}: {error}", index.display()));
-    let text = fs::read(index).map_err(|error| bad(error.to_string()))?;
-    let Index { weight_map } =
-        serde_json::from_slice(&text).map_err(|error| bad(error.to_string()))?;
-    let files: BTreeSet<String> = weight_map.into_values().collect();
-    if files.is_empty() {
-        return Err(bad("weight_map names no file".to_owned()));
-    }
-    for file in &files {
-        let plain = Path::new(file).components().all(|part| matches!(part, Component::Normal(_)));
-        if !plain {
-            return Err(bad(format!("weight_map names {file:?}, outside the model directory")));
-        }
-        if !index.with_file_name(file).is_file() {
-            return Err(bad(format!(
-                "names the shard {file}, which is missing; is the download complete?"
-            )));
-        }
-    }
-    Ok(files)
 }
 
 #[cfg(test)]
@@ -213,7 +264,8 @@ mod tests {
     use super::*;
     use crate::ErrorKind;
 
-    fn model(files: &[(&str, &str)]) -> tempfile::TempDir {
+    /// Files in a directory.
+    fn files(files: &[(&str, &str)]) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         for (name, text) in files {
             let path = dir.path().join(name);
@@ -223,79 +275,243 @@ mod tests {
         dir
     }
 
-    fn paths(dir: &Path) -> Vec<String> {
-        Manifest::read(dir).unwrap().files.into_iter().map(|file| file.path).collect()
+    fn read(model: impl Into<PathBuf>) -> Result<Manifest> {
+        Manifest::read(&ModelPaths::of(model))
     }
 
+    fn paths(manifest: &Manifest) -> Vec<&str> {
+        manifest.files.iter().map(|file| file.path.as_str()).collect()
+    }
+
+    const INDEX: &str = "model.safetensors.index.json";
     const INDEX_OF_TWO: &str =
         r#"{"weight_map":{"a":"m-1.safetensors","b":"m-2.safetensors","c":"m-1.safetensors"}}"#;
+    const TORCH_INDEX: &str = r#"{"weight_map":{"a":"p-1.bin"}}"#;
 
     #[test]
     fn only_the_needed_files_are_taken() {
-        let dir = model(&[
-            ("config.json", "{}"),
-            ("tokenizer.json", "{}"),
-            ("README.md", "x"),
-            ("pytorch_model.bin", "x"),
-            ("original/params.json", "x"),
-            ("consolidated.safetensors", "x"),
-            ("model.Q4.gguf", "x"),
-            ("m-1.safetensors", "x"),
-            ("m-2.safetensors", "x"),
-            (INDEX, INDEX_OF_TWO),
-        ]);
-        let sharded =
-            ["config.json", "m-1.safetensors", "m-2.safetensors", INDEX, "tokenizer.json"];
-        assert_eq!(paths(dir.path()), sharded);
-        let dir = model(&[("consolidated.safetensors", "x"), ("model.safetensors", "x")]);
-        assert_eq!(paths(dir.path()), ["model.safetensors"]);
-        let dir = model(&[("a.gguf", "x"), ("config.json", "{}")]);
-        assert_eq!(paths(dir.path()), ["a.gguf", "config.json"]);
+        // (what is there, what is taken)
+        let table: [(&[(&str, &str)], &[&str]); 6] = [
+            (
+                &[
+                    ("config.json", "{}"),
+                    ("tokenizer.json", "{}"),
+                    ("README.md", "x"),
+                    ("pytorch_model.bin", "x"),
+                    ("original/params.json", "x"),
+                    ("consolidated.safetensors", "x"),
+                    ("model.Q4.gguf", "x"),
+                    ("m-1.safetensors", "x"),
+                    ("m-2.safetensors", "x"),
+                    (INDEX, INDEX_OF_TWO),
+                    ("pytorch_model.bin.index.json", TORCH_INDEX),
+                ],
+                &["config.json", "m-1.safetensors", "m-2.safetensors", INDEX, "tokenizer.json"],
+            ),
+            (
+                &[("consolidated.safetensors", "x"), ("model.safetensors", "x")],
+                &["model.safetensors"],
+            ),
+            (
+                &[("p-1.bin", "x"), ("pytorch_model.bin.index.json", TORCH_INDEX), ("x.bin", "")],
+                &["p-1.bin", "pytorch_model.bin.index.json"],
+            ),
+            (
+                &[("pytorch_model.bin", "x"), ("merges.txt", "x")],
+                &["merges.txt", "pytorch_model.bin"],
+            ),
+            (
+                &[
+                    ("consolidated.00.pth", "x"),
+                    ("consolidated.01.pth", "x"),
+                    ("params.json", "{}"),
+                    ("tokenizer.model", "x"),
+                    ("checklist.chk", "x"),
+                ],
+                &["consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer.model"],
+            ),
+            (&[("a.gguf", "x"), ("config.json", "{}")], &["a.gguf", "config.json"]),
+        ];
+        for (there, taken) in table {
+            let dir = files(there);
+            let manifest = read(dir.path()).unwrap();
+            assert_eq!(paths(&manifest), taken);
+            assert_eq!(manifest.in_copy(Path::new("/copy")), ModelPaths::of("/copy"));
+        }
     }
 
     #[test]
-    fn a_single_gguf_file_is_a_model() {
-        let dir = model(&[("a.gguf", "xyz"), ("b.gguf", "x"), ("c.txt", "x")]);
-        let manifest = Manifest::read(&dir.path().join("a.gguf")).unwrap();
-        assert_eq!(manifest.bytes(), 3);
-        assert_eq!(manifest.model_path(Path::new("/copy")), Path::new("/copy/a.gguf"));
-        assert!(Manifest::read(&dir.path().join("c.txt")).is_err());
+    fn a_gguf_file_is_a_model_and_a_part_of_one_brings_the_others() {
+        let dir = files(&[("a.gguf", "xyz"), ("b.gguf", "x"), ("c.txt", "x")]);
+        let manifest = read(dir.path().join("a.gguf")).unwrap();
+        assert_eq!((manifest.bytes(), manifest.name.as_str()), (3, "a.gguf"));
+        assert_eq!(manifest.in_copy(Path::new("/copy")), ModelPaths::of("/copy/a.gguf"));
+        assert!(read(dir.path().join("c.txt")).is_err());
+        let dir = files(&[("m-00001-of-00002.gguf", "x"), ("m-00002-of-00002.gguf", "x")]);
+        let manifest = read(dir.path().join("m-00002-of-00002.gguf")).unwrap();
+        assert_eq!(paths(&manifest), ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]);
+        let copy = manifest.in_copy(Path::new("/copy"));
+        assert_eq!(copy, ModelPaths::of("/copy/m-00001-of-00002.gguf"));
     }
 
     #[test]
     fn what_is_missing_is_named() {
         let table = [
-            (model(&[("config.json", "{}")]), "no weights"),
-            (model(&[("pytorch_model.bin", "x")]), "convert"),
-            (model(&[("m-1.safetensors", "x"), (INDEX, INDEX_OF_TWO)]), "m-2.safetensors"),
-            (model(&[(INDEX, "{")]), INDEX),
-            (model(&[(INDEX, r#"{"weight_map":{"a":"../../etc/passwd"}}"#)]), "outside"),
+            (files(&[("config.json", "{}")]), "no weights"),
+            (files(&[("m-1.safetensors", "x"), (INDEX, INDEX_OF_TWO)]), "m-2.safetensors"),
+            (files(&[(INDEX, "{")]), INDEX),
+            (files(&[(INDEX, r#"{"weight_map":{"a":"../../etc/passwd"}}"#)]), "leaves the dir"),
+            (files(&[("consolidated.01.pth", "x")]), "consolidated.00.pth"),
+            (files(&[("m-00001-of-00002.gguf", "x")]), "m-00002-of-00002.gguf"),
         ];
         for (dir, text) in table {
-            let error = Manifest::read(dir.path()).unwrap_err();
+            let error = read(dir.path()).unwrap_err();
             assert_eq!(error.kind, ErrorKind::Input);
             assert!(error.message.contains(text), "{error}");
         }
-        let error = Manifest::read(Path::new("/no/such/model")).unwrap_err();
+        let error = read("/no/such/model").unwrap_err();
         assert!(error.message.contains("/no/such/model"), "{error}");
     }
 
     #[test]
-    fn another_state_has_another_key_and_the_same_state_the_same() {
-        let dir = model(&[("model.safetensors", "x")]);
-        let key = |dir: &Path| Manifest::read(dir).unwrap().key;
-        let before = key(dir.path());
-        assert_eq!(before, key(dir.path()));
-        fs::write(dir.path().join("model.safetensors"), "xy").unwrap();
-        assert_ne!(before, key(dir.path()));
+    fn another_state_of_any_source_has_another_key_and_the_same_state_the_same() {
+        let dir = files(&[
+            ("m/model.safetensors", "x"),
+            ("m/tokenizer.json", "own"),
+            ("t/tokenizer.json", "{}"),
+            ("t/config.json", "{}"),
+            ("a/adapter_model.safetensors", "x"),
+            ("a/adapter_config.json", "{}"),
+        ]);
+        let asked = ModelPaths {
+            model: dir.path().join("m"),
+            tokenizer: Some(dir.path().join("t")),
+            adapters: vec![("style".into(), dir.path().join("a"))],
+        };
+        let key = |asked: &ModelPaths| Manifest::read(asked).unwrap().key;
+        let before = key(&asked);
+        assert_eq!(before, key(&asked));
+        assert_ne!(before, key(&ModelPaths { tokenizer: None, ..asked.clone() }));
+        assert_ne!(before, key(&ModelPaths { adapters: vec![], ..asked.clone() }));
+        let unused = "m/tokenizer.json";
+        for changed in [unused, "m/model.safetensors", "t/config.json", "a/adapter_config.json"] {
+            let last = key(&asked);
+            fs::write(dir.path().join(changed), "something longer").unwrap();
+            assert_eq!(key(&asked) == last, changed == unused, "{changed}");
+        }
     }
 
     #[test]
     fn links_as_in_the_hugging_face_cache_are_followed() {
-        let dir = model(&[("blobs/abc", "weights"), ("snapshots/rev/config.json", "{}")]);
-        let snapshot = dir.path().join("snapshots/rev");
+        let cache = "models--org--name";
+        let dir = files(&[
+            (&format!("{cache}/blobs/abc"), "weights"),
+            (&format!("{cache}/snapshots/rev/config.json"), "{}"),
+            (&format!("{cache}/refs/main"), "rev"),
+        ]);
+        let repository = dir.path().join(cache);
+        let snapshot = repository.join("snapshots/rev");
         std::os::unix::fs::symlink("../../blobs/abc", snapshot.join("model.safetensors")).unwrap();
-        let manifest = Manifest::read(&snapshot).unwrap();
-        assert_eq!(manifest.files[1].bytes, 7);
+        let manifest = read(&snapshot).unwrap();
+        assert_eq!((manifest.files[1].bytes, manifest.name.as_str()), (7, "org/name"));
+        assert!(manifest.copy_name().starts_with("org_name-"));
+        assert_eq!(read(&repository).unwrap(), manifest);
+    }
+
+    #[test]
+    fn a_tokenizer_from_elsewhere_replaces_the_models_own() {
+        let dir = files(&[
+            ("m/model.safetensors", "x"),
+            ("m/config.json", "{}"),
+            ("m/tokenizer.json", "own"),
+            ("m/tokenizer_config.json", "own"),
+            ("t/tokenizer.json", "{}"),
+            ("t/other.model", "x"),
+            ("t/generation_config.json", "{}"),
+            ("t/model.safetensors", "not needed"),
+        ]);
+        let read = |tokenizer: &str| {
+            let tokenizer = Some(dir.path().join(tokenizer));
+            Manifest::read(&ModelPaths { tokenizer, ..ModelPaths::of(dir.path().join("m")) })
+        };
+        let own = ["config.json", "model.safetensors"];
+        let beside = "tokenizer/generation_config.json";
+        for (given, file, in_copy) in [
+            ("t", "tokenizer/tokenizer.json", "/copy/tokenizer"),
+            ("t/tokenizer.json", "tokenizer/tokenizer.json", "/copy/tokenizer/tokenizer.json"),
+            ("t/other.model", "tokenizer/other.model", "/copy/tokenizer/other.model"),
+        ] {
+            let manifest = read(given).unwrap();
+            let mut expected = own.to_vec();
+            expected.extend([beside, file]);
+            expected.sort();
+            // The model's template is used where the tokenizer brings none.
+            expected.push("tokenizer_config.json");
+            assert_eq!(paths(&manifest), expected);
+            let copy = manifest.in_copy(Path::new("/copy"));
+            assert_eq!(copy.tokenizer, Some(in_copy.into()));
+            assert_eq!(manifest.in_place.tokenizer, Some(dir.path().join(given)));
+        }
+        for (missing, why) in [("m/none.json", "no such file"), ("x/y", "--tokenizer")] {
+            let error = read(missing).unwrap_err();
+            assert!(error.message.contains(why), "{error}");
+        }
+        fs::remove_file(dir.path().join("t/tokenizer.json")).unwrap();
+        assert!(read("t").unwrap_err().message.contains("tokenizer.model"));
+    }
+
+    #[test]
+    fn metas_tokenizer_lies_above_the_model() {
+        let dir = files(&[
+            ("7B/consolidated.00.pth", "x"),
+            ("7B/params.json", "{}"),
+            ("tokenizer.model", "x"),
+            ("gguf/a.gguf", "x"),
+        ]);
+        let manifest = read(dir.path().join("7B")).unwrap();
+        assert_eq!(
+            paths(&manifest),
+            ["consolidated.00.pth", "params.json", "tokenizer/tokenizer.model"]
+        );
+        let copy = manifest.in_copy(Path::new("/copy"));
+        assert_eq!(copy.tokenizer, Some("/copy/tokenizer/tokenizer.model".into()));
+        assert_eq!(paths(&read(dir.path().join("gguf")).unwrap()), ["a.gguf"]);
+    }
+
+    #[test]
+    fn adapters_lie_under_their_names() {
+        let dir = files(&[
+            ("m/model.safetensors", "x"),
+            ("a/adapter_config.json", "{}"),
+            ("a/adapter_model.safetensors", "x"),
+            ("a/optimizer.pt", "x"),
+            ("lora.gguf", "x"),
+            ("empty/README.md", "x"),
+        ]);
+        let read = |adapters: &[(&str, &str)]| {
+            let adapter = |(name, path): &(&str, &str)| (name.to_string(), dir.path().join(path));
+            let adapters = adapters.iter().map(adapter).collect();
+            Manifest::read(&ModelPaths { adapters, ..ModelPaths::of(dir.path().join("m")) })
+        };
+        let manifest = read(&[("b", "a"), ("a", "lora.gguf")]).unwrap();
+        let expected = [
+            "adapters/a/lora.gguf",
+            "adapters/b/adapter_config.json",
+            "adapters/b/adapter_model.safetensors",
+            "model.safetensors",
+        ];
+        assert_eq!(paths(&manifest), expected);
+        let copy = manifest.in_copy(Path::new("/copy")).adapters;
+        let at = |name: &str, path: &str| (name.to_owned(), PathBuf::from(path));
+        assert_eq!(copy, [at("b", "/copy/adapters/b"), at("a", "/copy/adapters/a/lora.gguf")]);
+        assert_eq!(manifest.in_place.adapters[1], ("a".into(), dir.path().join("lora.gguf")));
+        for (adapter, kind) in [
+            (("x", "empty"), ErrorKind::Input),
+            (("x", "none"), ErrorKind::Input),
+            (("../x", "a"), ErrorKind::Usage),
+            (("", "a"), ErrorKind::Usage),
+        ] {
+            assert_eq!(read(&[adapter]).unwrap_err().kind, kind, "{adapter:?}");
+        }
     }
 }

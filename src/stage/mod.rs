@@ -1,7 +1,7 @@
 //! Brings the model to every node's memory, so that the parallel file system is read
 //! once and not by every rank.
 //!
-//! [`stage`] is the story: [`manifest`] says which files, [`cache`] locks the node's
+//! [`stage`] is the story: [`sources`] and [`manifest`] say which files, [`cache`] locks the node's
 //! copy, [`copy`] checks a copy that is there, [`space`] how much a node can take;
 //! [`plan`] decides, [`transfer`] moves. [`Staged`] holds the copy until it is dropped.
 //! Left out: moving only the slices that a node's ranks need; every node gets all files.
@@ -19,6 +19,7 @@ pub mod cache;
 pub mod copy;
 pub mod manifest;
 pub mod plan;
+pub mod sources;
 pub mod space;
 pub mod transfer;
 
@@ -26,6 +27,7 @@ use cache::Lease;
 use copy::{ChunkFiles, CopyRecord, Hash};
 use manifest::Manifest;
 use plan::{Action, Chunk, CopyState, NodeState, Source, StagePlan};
+use sources::ModelPaths;
 use transfer::{Moved, Node, run_phase};
 
 pub use plan::StageFallback;
@@ -39,8 +41,8 @@ const LOCK_POLL: Duration = Duration::from_millis(100);
 /// What to stage and where.
 #[derive(Debug, Clone)]
 pub struct StageOptions {
-    /// `--model`: a directory or a .gguf file.
-    pub model: PathBuf,
+    /// `--model`, `--tokenizer` and adapters, as they were given.
+    pub sources: ModelPaths,
     /// `--stage-dir`; may differ between nodes.
     pub stage_dir: PathBuf,
     /// `--keep-staged`: leave the copies when the job ends.
@@ -54,10 +56,10 @@ pub struct StageOptions {
 }
 
 impl StageOptions {
-    /// To stage `model` to `stage_dir`, remove it in the end, and stop where it does not fit.
-    pub fn new(model: impl Into<PathBuf>, stage_dir: impl Into<PathBuf>) -> Self {
+    /// To stage `sources` to `stage_dir`, remove it in the end, and stop where it does not fit.
+    pub fn new(sources: ModelPaths, stage_dir: impl Into<PathBuf>) -> Self {
         Self {
-            model: model.into(),
+            sources,
             stage_dir: stage_dir.into(),
             keep: false,
             fallback: StageFallback::Error,
@@ -93,6 +95,10 @@ pub struct StageReport {
 pub struct Staged {
     /// What this node's ranks load: the copy, or the model itself.
     pub model_path: PathBuf,
+    /// The tokenizer, where it is not the model's own.
+    pub tokenizer_path: Option<PathBuf>,
+    /// The adapters by name.
+    pub adapter_paths: Vec<(String, PathBuf)>,
     /// What staging did.
     pub report: StageReport,
     /// Held by the node's leader.
@@ -100,6 +106,17 @@ pub struct Staged {
 }
 
 impl Staged {
+    fn new(paths: ModelPaths, report: StageReport, lease: Option<Lease>) -> Self {
+        let ModelPaths { model, tokenizer, adapters } = paths;
+        Self {
+            model_path: model,
+            tokenizer_path: tokenizer,
+            adapter_paths: adapters,
+            report,
+            lease,
+        }
+    }
+
     /// Releases the copy once all ranks of the node are done with it; the last job on
     /// the node removes it unless it is to be kept. Collective over the node. Dropping
     /// does the same without waiting: mapped pages stay readable until unmapped.
@@ -115,7 +132,7 @@ impl Staged {
 pub fn stage(topology: &Topology, options: &StageOptions) -> Result<Staged> {
     let started = Instant::now();
     let world = &*topology.world;
-    let manifest = read_manifest(world, &options.model)?;
+    let manifest = read_manifest(world, &options.sources)?;
     if options.no_stage {
         let report = StageReport {
             model_bytes: manifest.bytes(),
@@ -123,49 +140,50 @@ pub fn stage(topology: &Topology, options: &StageOptions) -> Result<Staged> {
             in_place: Some("--no-stage".to_owned()),
             ..StageReport::default()
         };
-        return Ok(Staged { model_path: options.model.clone(), report, lease: None });
+        return Ok(Staged::new(manifest.in_place, report, None));
     }
     let mut staged = topology
         .leaders
         .as_ref()
         .map(|leaders| Leader { leaders: &**leaders, world, manifest: &manifest, options }.stage())
         .transpose();
-    if let Ok(Some(staged)) = &mut staged {
+    if let Ok(Some(StagedHere { report, .. })) = &mut staged {
         let seconds = started.elapsed().as_secs_f64();
-        staged.report.stage_seconds = seconds;
-        staged.report.gigabytes_per_second = staged.report.bytes_staged as f64 / seconds / 1e9;
+        report.stage_seconds = seconds;
+        report.gigabytes_per_second = report.bytes_staged as f64 / seconds / 1e9;
     }
     tell_node(topology, staged)
 }
 
 /// Read by rank 0 only: thousands of ranks asking at once is what staging is to avoid.
-fn read_manifest(world: &dyn Communicator, model: &Path) -> Result<Manifest> {
+fn read_manifest(world: &dyn Communicator, sources: &ModelPaths) -> Result<Manifest> {
     let first = world.rank() == 0;
     // A model that is missing is no matter of rank 0: the message stays without it.
-    let read = first.then(|| Manifest::read(model)).transpose();
+    let read = first.then(|| Manifest::read(sources)).transpose();
     let text = broadcast_vec(world, 0, encode(&read));
     let read: Result<Option<Manifest>> = decode(&text)?;
     read?.ok_or_else(|| Error::fault("rank 0 sent no manifest"))
 }
 
+/// What a leader has on its node.
+#[derive(Debug)]
+struct StagedHere {
+    paths: ModelPaths,
+    report: StageReport,
+    lease: Option<Lease>,
+}
+
 /// The leader's outcome becomes that of its node's ranks, rank 0's times those of all.
-fn tell_node(topology: &Topology, staged: Result<Option<Staged>>) -> Result<Staged> {
-    let shared = staged
-        .as_ref()
-        .map(|staged| staged.as_ref().map(|staged| (&staged.model_path, &staged.report)));
-    let text = broadcast_vec(&*topology.node, 0, encode(&shared));
-    let shared: Result<Option<(PathBuf, StageReport)>> = decode(&text)?;
-    let (model_path, _) =
-        shared?.ok_or_else(|| Error::fault("this node's leader sent no staged model"))?;
+fn tell_node(topology: &Topology, staged: Result<Option<StagedHere>>) -> Result<Staged> {
+    let paths = staged.as_ref().map(|staged| staged.as_ref().map(|staged| &staged.paths));
+    let shared: Result<Option<ModelPaths>> =
+        decode(&broadcast_vec(&*topology.node, 0, encode(&paths)))?;
+    let paths = shared?.ok_or_else(|| Error::fault("this node's leader sent no staged model"))?;
     let report =
         staged.as_ref().ok().and_then(|staged| staged.as_ref()).map(|staged| &staged.report);
-    let report = decode(&broadcast_vec(&*topology.world, 0, encode(&report)))?;
-    let report: Option<StageReport> = report;
-    Ok(Staged {
-        model_path,
-        report: report.unwrap_or_default(),
-        lease: staged?.and_then(|staged| staged.lease),
-    })
+    let report: Option<StageReport> = decode(&broadcast_vec(&*topology.world, 0, encode(&report)))?;
+    let lease = staged?.and_then(|staged| staged.lease);
+    Ok(Staged::new(paths, report.unwrap_or_default(), lease))
 }
 
 /// A node's leader while it stages.
@@ -183,7 +201,7 @@ struct Found {
 }
 
 impl Leader<'_> {
-    fn stage(&self) -> Result<Staged> {
+    fn stage(&self) -> Result<StagedHere> {
         let chunks = plan::chunks(&self.manifest.files, self.options.chunk_bytes);
         // A node without a usable stage directory may yet read in place: no error here.
         let cache = cache::open_cache(&self.options.stage_dir);
@@ -199,12 +217,12 @@ impl Leader<'_> {
         let in_place = matches!(action, Action::InPlace(_));
         // A lease on nothing would only leave its lock files.
         let lease = lease.filter(|_| !in_place);
-        let model_path = match &lease {
-            Some(lease) => self.manifest.model_path(&lease.complete()),
-            None => self.options.model.clone(),
+        let paths = match &lease {
+            Some(lease) => self.manifest.in_copy(&lease.complete()),
+            None => self.manifest.in_place.clone(),
         };
         let report = self.report(&plan, &chunks, moved)?;
-        Ok(Staged { model_path, report, lease })
+        Ok(StagedHere { paths, report, lease })
     }
 
     fn agree<T>(&self, result: Result<T>) -> Result<T> {
@@ -292,9 +310,7 @@ impl Leader<'_> {
         for phase in &plan.phases {
             let source = match (phase.reader == here, phase.source, lease) {
                 (false, ..) | (_, Source::Copy, None) => Ok(None),
-                (true, Source::Model, _) => {
-                    ChunkFiles::open_source(&self.manifest.root, &self.manifest.files).map(Some)
-                }
+                (true, Source::Model, _) => ChunkFiles::open_source(&self.manifest.files).map(Some),
                 (true, Source::Copy, Some(lease)) => {
                     ChunkFiles::open(&lease.complete(), &self.manifest.files).map(Some)
                 }
@@ -348,11 +364,11 @@ impl Leader<'_> {
         let read = plan.phases.iter().any(|phase| phase.source == Source::Model);
         if read
             && self.leaders.rank() == 0
-            && Manifest::read(&self.options.model)? != *self.manifest
+            && Manifest::read(&self.options.sources)? != *self.manifest
         {
             return Err(Error::input(format!(
                 "--model {}: changed while it was being staged; start again once it is complete",
-                self.options.model.display()
+                self.options.sources.model.display()
             )));
         }
         Ok(())

@@ -303,7 +303,7 @@ mod tests {
 
     #[test]
     fn chunks_cover_files_and_skip_empty_ones() {
-        let entry = |bytes| FileEntry { path: "f".into(), bytes, mtime_ns: 0 };
+        let entry = |bytes| FileEntry { path: "f".into(), source: "/f".into(), bytes, mtime_ns: 0 };
         let cut = chunks(&[entry(25), entry(0), entry(10)], 10);
         let places: Vec<_> = cut.iter().map(|c| (c.file, c.offset, c.bytes)).collect();
         assert_eq!(places, [(0, 0, 10), (0, 10, 10), (0, 20, 5), (2, 0, 10)]);

@@ -23,6 +23,10 @@ fn model() -> tempfile::TempDir {
     dir
 }
 
+fn manifest(model: &Path) -> Result<Manifest> {
+    Manifest::read(&ModelPaths::of(model))
+}
+
 fn nodes(count: usize) -> Vec<tempfile::TempDir> {
     (0..count).map(|_| tempfile::tempdir().unwrap()).collect()
 }
@@ -36,7 +40,8 @@ fn staged<T: Send>(
 ) -> Vec<T> {
     LocalComm::run_with_nodes(nodes.len() * 2, 2, |world| {
         let topology = Topology::new(world, 1).unwrap();
-        let mut options = StageOptions::new(model, nodes[topology.node_index].path());
+        let mut options =
+            StageOptions::new(ModelPaths::of(model), nodes[topology.node_index].path());
         options.chunk_bytes = CHUNK;
         change(topology.node_index, &mut options);
         body(&topology, stage(&topology, &options))
@@ -59,7 +64,7 @@ fn stage_and_keep(model: &Path, nodes: &[tempfile::TempDir]) -> (StageReport, Ve
 }
 
 fn assert_same_files(model: &Path, copy: &Path) {
-    for file in Manifest::read(model).unwrap().files {
+    for file in manifest(model).unwrap().files {
         assert!(
             fs::read(model.join(&file.path)).unwrap() == fs::read(copy.join(&file.path)).unwrap(),
             "{} differs",
@@ -97,7 +102,7 @@ fn the_model_is_read_once_and_on_every_node_until_the_end() {
                 report
             },
         );
-        let bytes = Manifest::read(model.path()).unwrap().bytes();
+        let bytes = manifest(model.path()).unwrap().bytes();
         assert_eq!(reports[0].bytes_read_source, bytes);
         assert_eq!(reports[0].bytes_staged, bytes * count as u64);
         assert!(reports.iter().all(|report| *report == reports[0]));
@@ -150,7 +155,7 @@ fn a_copy_without_a_sound_record_or_with_a_file_cut_short_is_replaced() {
 fn what_a_killed_job_left_is_neither_trusted_nor_left() {
     let (model, nodes) = (model(), nodes(1));
     let cache = cache::open_cache(nodes[0].path()).unwrap();
-    let name = Manifest::read(model.path()).unwrap().copy_name();
+    let name = manifest(model.path()).unwrap().copy_name();
     for left in
         [format!("{name}.partial"), "other-model.partial".to_owned(), "other-model".to_owned()]
     {
@@ -196,10 +201,11 @@ fn two_jobs_on_the_same_nodes_share_one_copy() {
 fn a_model_cut_short_while_it_is_read_stops_all_with_its_name() {
     let (model, nodes) = (model(), nodes(3));
     // The manifest is of the whole file; the reader finds less.
-    let manifest = Manifest::read(model.path()).unwrap();
+    let manifest = manifest(model.path()).unwrap();
     fs::write(model.path().join("m-2.safetensors"), vec![0; CHUNK * 3 + 1]).unwrap();
     let errors = LocalComm::run_with_nodes(3, 1, |world| {
-        let mut options = StageOptions::new(model.path(), nodes[world.rank()].path());
+        let mut options =
+            StageOptions::new(ModelPaths::of(model.path()), nodes[world.rank()].path());
         options.chunk_bytes = CHUNK;
         let leader =
             Leader { leaders: &*world, world: &*world, manifest: &manifest, options: &options };
@@ -222,7 +228,7 @@ fn a_missing_model_is_one_input_error_for_all() {
 /// A stage directory that cannot be made: a file is in its place.
 fn no_stage_dir_on_node_1(node: usize, options: &mut StageOptions) {
     if node == 1 {
-        options.stage_dir = options.model.join("config.json/below-a-file");
+        options.stage_dir = options.sources.model.join("config.json/below-a-file");
     }
 }
 
@@ -264,4 +270,39 @@ fn no_stage_reads_the_model_where_it_is() {
         },
     );
     assert!(is_empty(&nodes[0]));
+}
+
+/// A tokenizer above the model and an adapter elsewhere: the copy has them all, and every
+/// rank is told where.
+#[test]
+fn what_lies_elsewhere_comes_into_the_copy() {
+    let (model, nodes) = (model(), nodes(2));
+    let extra = tempfile::tempdir().unwrap();
+    fs::write(extra.path().join("tokenizer.model"), "pieces").unwrap();
+    let adapter = extra.path().join("adapter");
+    fs::create_dir(&adapter).unwrap();
+    fs::write(adapter.join("adapter_model.safetensors"), "x").unwrap();
+    let sources = ModelPaths {
+        model: model.path().into(),
+        tokenizer: Some(extra.path().join("tokenizer.model")),
+        adapters: vec![("style".into(), adapter)],
+    };
+    for no_stage in [false, true] {
+        let with_all = |_: usize, options: &mut StageOptions| {
+            (options.sources, options.no_stage) = (sources.clone(), no_stage);
+        };
+        staged(model.path(), &nodes, with_all, |topology, staged| {
+            let staged = staged.unwrap();
+            let tokenizer = staged.tokenizer_path.clone().unwrap();
+            let (name, adapter) = &staged.adapter_paths[0];
+            assert_eq!(fs::read(&tokenizer).unwrap(), b"pieces");
+            assert_eq!((name.as_str(), adapter.is_dir()), ("style", true));
+            for path in [&tokenizer, adapter] {
+                let below = path.starts_with(nodes[topology.node_index].path());
+                assert_eq!(below, !no_stage, "{}", path.display());
+            }
+            staged.finish(topology);
+        });
+        assert!(nodes.iter().all(is_empty));
+    }
 }

@@ -76,6 +76,10 @@ pub struct RankStats {
 
     /// Bytes of weights that this rank holds (its tensor-parallel share).
     pub weight_bytes: Option<u64>,
+    /// Those of them that are its own, not mapped from the node's copy of the model.
+    pub owned_weight_bytes: Option<u64>,
+    /// Bytes of the checkpoint that it read or mapped while loading.
+    pub checkpoint_bytes: Option<u64>,
     /// Bytes that its process read from storage (`/proc/self/io`).
     pub disk_read_bytes: Option<u64>,
     /// Bytes that it wrote into its node's stage directory.

@@ -118,6 +118,10 @@ pub struct JobStats {
     pub preemptions: u64,
     /// Most bytes of weights that one rank holds.
     pub weight_bytes_max: Option<u64>,
+    /// Most bytes of weights that are one rank's own, not mapped from its node's copy.
+    pub owned_weight_bytes_max: Option<u64>,
+    /// Bytes of the checkpoint that all ranks read or mapped while loading.
+    pub checkpoint_bytes: Option<u64>,
     /// Bytes that all processes read from storage.
     pub disk_read_bytes: Option<u64>,
     /// Bytes copied to accelerators; `None` on CPU.
@@ -186,6 +190,8 @@ impl JobStats {
             batch_peak: leaders().map(|r| r.batch_peak).max().unwrap_or(0),
             preemptions: sum(|r| r.preemptions),
             weight_bytes_max: ranks.iter().filter_map(|r| r.weight_bytes).max(),
+            owned_weight_bytes_max: ranks.iter().filter_map(|r| r.owned_weight_bytes).max(),
+            checkpoint_bytes: all_known(ranks, |r| r.checkpoint_bytes),
             disk_read_bytes: all_known(ranks, |r| r.disk_read_bytes),
             device_copied_bytes: all_known(ranks, |r| r.device_copied_bytes),
             floating_point_operations: ranks.iter().map(|r| r.floating_point_operations).sum(),

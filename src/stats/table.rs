@@ -63,11 +63,17 @@ fn throughput_rows(job: &JobStats) -> Vec<(&'static str, String)> {
 fn resource_rows(job: &JobStats) -> Vec<(&'static str, String)> {
     let stage_time = job.stage.as_ref().map(|stage| stage.stage_seconds);
     let weights = known(job.weight_bytes_max, memory);
+    let owned = known(job.owned_weight_bytes_max, memory);
     let resident = known(job.peak_resident_bytes_max, memory);
     let mean = known(job.gigabytes_per_second_mean, gigabytes_per_second);
     let best = known(job.gigabytes_per_second_peak, gigabytes_per_second);
     vec![
-        ("memory", format!("{weights} of weights a rank, {resident} resident (most)")),
+        (
+            "memory",
+            format!(
+                "{weights} of weights a rank, {owned} of them its own; {resident} resident (most)"
+            ),
+        ),
         ("bandwidth", format!("{mean} a rank (mean), {best} (best step)")),
         ("weight reads", bytes(job.weight_read_bytes as u64)),
         ("KV reads", bytes(job.kv_read_bytes as u64)),

@@ -7,6 +7,7 @@
 //! Meta's form in a file of its own; all take HF's form on the way (see
 //! [`super::families`]).
 
+mod contents;
 mod files;
 pub mod gguf;
 mod gguf_model;
@@ -15,18 +16,17 @@ mod safetensors;
 mod table;
 pub mod torch;
 
-use std::collections::HashMap;
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::Path;
 
+pub use contents::Contents;
 pub use files::{Format, ModelFiles};
-use table::MappedFile;
 pub use table::TensorTable;
 
 use super::config::ModelConfig;
-use super::names::META;
+use crate::Result;
 use crate::kernels::quant::QuantType;
-use crate::{Error, Result};
 
 /// What stored values are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -121,6 +121,11 @@ impl Tensor {
         self.len() == 0
     }
 
+    /// Which of the files it lies in, in order.
+    pub fn files(&self) -> BTreeSet<usize> {
+        self.pieces.iter().map(|piece| piece.file).collect()
+    }
+
     /// Bytes in the file.
     pub fn bytes(&self) -> Option<u64> {
         let (unit_len, unit_bytes) = self.dtype.unit()?;
@@ -138,10 +143,8 @@ fn matrix_shape(shape: &[usize]) -> [usize; 2] {
 
 /// A model's files, the table of their tensors, and its configuration.
 pub struct Checkpoint {
-    files: ModelFiles,
-    table: TensorTable,
+    contents: Contents,
     config: ModelConfig,
-    metadata: Option<gguf::Metadata>,
 }
 
 impl Checkpoint {
@@ -152,61 +155,9 @@ impl Checkpoint {
     /// Input errors that name the file: no weights, a shard missing, a damaged header, a
     /// file shorter than its header says, a configuration that is not supported.
     pub fn open(model: &Path) -> Result<Self> {
-        let files = ModelFiles::find(model)?;
-        let mapped = MappedFile::open_all(&files.weights)?;
-        match files.format {
-            Format::Safetensors => Self::of_tables(files, mapped, safetensors::read),
-            Format::Torch => Self::of_tables(files, mapped, torch::read),
-            Format::Meta => Self::of_meta(files, mapped),
-            Format::Gguf => Self::of_gguf(files, mapped),
-        }
-    }
-
-    /// HF's form: tensors in files, the configuration beside them.
-    fn of_tables(
-        files: ModelFiles,
-        mapped: Vec<MappedFile>,
-        read: impl Fn(&[u8]) -> Result<Vec<StoredTensor>>,
-    ) -> Result<Self> {
-        let mut tensors = HashMap::new();
-        for (i, file) in mapped.iter().enumerate() {
-            let table = file.read(&read)?.into_iter();
-            tensors.extend(table.map(|t| (language_model_name(&t.name), Tensor::whole(i, t))));
-        }
-        let config = ModelConfig::from_dir(&files.dir)?;
-        Ok(Self { files, table: TensorTable::new(mapped, tensors), config, metadata: None })
-    }
-
-    /// Meta's form: each matrix is cut over the files.
-    fn of_meta(files: ModelFiles, mapped: Vec<MappedFile>) -> Result<Self> {
-        let path = files.dir.join("params.json");
-        let bad = |e: &dyn std::fmt::Display| Error::input(format!("{}: {e}", path.display()));
-        let text = std::fs::read(&path).map_err(|e| bad(&e))?;
-        let params = serde_json::from_slice(&text).map_err(|e| bad(&e))?;
-        let tables = mapped.iter().map(|file| file.read(torch::read)).collect::<Result<_>>()?;
-        let merged = meta::merge(tables, &params).map_err(|e| e.context(files.dir.display()))?;
-        let tensors: HashMap<String, Tensor> = merged
-            .into_iter()
-            .map(|m| (m.name, Tensor { dtype: m.dtype, shape: m.shape, pieces: m.pieces }))
-            .collect();
-        let shapes = |name: &str| tensors.get(name).map(|t| t.shape.clone());
-        let config = meta::hf_config(&params, shapes, None)
-            .and_then(ModelConfig::from_json)
-            .map_err(|e| e.context(path.display()))?;
-        let config = ModelConfig { names: META, ..config.with_interleaved_pairs() };
-        Ok(Self { files, table: TensorTable::new(mapped, tensors), config, metadata: None })
-    }
-
-    /// GGUF: everything is in the file, or in the parts of a split one.
-    fn of_gguf(files: ModelFiles, mapped: Vec<MappedFile>) -> Result<Self> {
-        let first = files.weights.first().map(|p| p.display().to_string()).unwrap_or_default();
-        let parts = mapped.iter().map(|file| file.read(gguf::read)).collect::<Result<_>>()?;
-        let gguf::Merged { metadata, tensors } =
-            gguf::merge(parts).map_err(|e| e.context(&first))?;
-        let tensors = tensors.into_iter().map(|(i, t)| (t.name.clone(), Tensor::whole(i, t)));
-        let table = TensorTable::new(mapped, tensors.collect());
-        let config = gguf_model::config(&metadata, &table).map_err(|e| e.context(&first))?;
-        Ok(Self { files, table, config, metadata: Some(metadata) })
+        let contents = Contents::open(model)?;
+        let config = contents.config()?;
+        Ok(Self { contents, config })
     }
 
     /// The model's shape.
@@ -214,29 +165,23 @@ impl Checkpoint {
         &self.config
     }
 
+    /// What the files hold.
+    pub fn contents(&self) -> &Contents {
+        &self.contents
+    }
+
     /// The files that it is in.
     pub fn files(&self) -> &ModelFiles {
-        &self.files
+        &self.contents.files
     }
 
     /// The tensors.
     pub fn tensors(&self) -> &TensorTable {
-        &self.table
+        &self.contents.tensors
     }
 
     /// The metadata of a GGUF file.
     pub fn metadata(&self) -> Option<&gguf::Metadata> {
-        self.metadata.as_ref()
-    }
-}
-
-/// Multimodal models keep the language model under a prefix.
-fn language_model_name(name: &str) -> String {
-    if let Some(rest) = name.strip_prefix("language_model.") {
-        return rest.to_owned();
-    }
-    match name.strip_prefix("model.language_model.") {
-        Some(rest) => format!("model.{rest}"),
-        None => name.to_owned(),
+        self.contents.metadata.as_ref()
     }
 }
