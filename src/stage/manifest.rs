@@ -291,7 +291,8 @@ mod tests {
     #[test]
     fn only_the_needed_files_are_taken() {
         // (what is there, what is taken)
-        let table: [(&[(&str, &str)], &[&str]); 6] = [
+        type Case = (&'static [(&'static str, &'static str)], &'static [&'static str]);
+        let table: [Case; 6] = [
             (
                 &[
                     ("config.json", "{}"),
