@@ -37,6 +37,10 @@ kills: build ## the long tests of runs that are killed: thirty kills, short time
 	@.ci/deps.sh test
 	FARM_BIN=$(RELEASE) tests/cluster/kills.sh
 
+.PHONY: fuzz
+fuzz: ## damaged model files for FARM_FUZZ_SECONDS (20) a kind
+	FARM_FUZZ_SECONDS=$${FARM_FUZZ_SECONDS:-20} cargo test --test fuzz
+
 bench: ## the benchmarks
 	@.ci/deps.sh build
 	$(CARGO) bench --locked $(FEATURE_FLAGS)

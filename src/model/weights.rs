@@ -100,6 +100,9 @@ pub(super) enum Values {
     },
 }
 
+/// Rows that are quantized together.
+const ROWS_AT_ONCE: usize = 256;
+
 /// A weight matrix `[rows, cols]` (output features, input features), rows contiguous.
 pub struct Weight {
     rows: usize,
@@ -229,10 +232,15 @@ impl Weight {
     pub fn quantized(&self, quant: QuantType, keep: Range<usize>) -> Result<Weight> {
         let stride = quant.row_bytes(self.cols);
         let mut blocks = Vec::with_capacity(self.rows * stride);
-        let mut wide = vec![0.0; self.cols];
-        for row in 0..self.rows {
-            self.read_row(row, &mut wide);
-            quant::quantize_rows(quant, &wide, self.cols, &mut blocks)?;
+        // Some rows at a time: enough for all threads, without a whole copy in f32.
+        let mut wide = vec![0.0; ROWS_AT_ONCE.min(self.rows) * self.cols];
+        for first in (0..self.rows).step_by(ROWS_AT_ONCE) {
+            let rows = ROWS_AT_ONCE.min(self.rows - first);
+            let wide = &mut wide[..rows * self.cols];
+            for (row, out) in (first..).zip(wide.chunks_exact_mut(self.cols.max(1))) {
+                self.read_row(row, out);
+            }
+            quant::quantize_rows(quant, wide, self.cols, &mut blocks)?;
         }
         let blocks = Store::Owned(blocks);
         let values = Values::Quant { quant, skip: keep.start, stride, blocks };
