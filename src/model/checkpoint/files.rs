@@ -1,11 +1,11 @@
 //! Which files of a model directory hold its weights, and in what form.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
-use serde::Deserialize;
+use serde_json::Value;
 
-use super::{gguf, meta, torch};
+use super::{gguf, meta};
 use crate::{Error, Result};
 
 /// A form of checkpoint.
@@ -70,15 +70,10 @@ impl ModelFiles {
 
     fn in_dir(dir: &Path) -> Result<Self> {
         let of = |format, weights| Ok(Self { format, dir: dir.to_owned(), weights });
-        let index = dir.join("model.safetensors.index.json");
-        if index.is_file() {
-            return of(Format::Safetensors, indexed_files(&index)?);
+        if let Some(paths) = indexed(dir, "model.safetensors")? {
+            return of(Format::Safetensors, paths);
         }
-        let single = dir.join("model.safetensors");
-        if single.is_file() {
-            return of(Format::Safetensors, vec![single]);
-        }
-        if let Some(paths) = torch::index_paths(dir)? {
+        if let Some(paths) = indexed(dir, "pytorch_model.bin")? {
             return of(Format::Torch, paths);
         }
         if let Some(paths) = meta::paths(dir)? {
@@ -118,27 +113,74 @@ fn gguf_models(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(first_parts.into_iter().collect())
 }
 
-/// The files that an index of shards names; all must be there.
-pub(super) fn indexed_files(index: &Path) -> Result<Vec<PathBuf>> {
-    #[derive(Deserialize)]
-    struct Index {
-        weight_map: std::collections::HashMap<String, String>,
+/// The file `name` in `dir`, or the shards that `NAME.index.json` names; none where there is
+/// neither.
+///
+/// # Errors
+/// Input errors that name the index: not readable, a shard outside the directory or missing.
+pub(super) fn indexed(dir: &Path, name: &str) -> Result<Option<Vec<PathBuf>>> {
+    let index = dir.join(format!("{name}.index.json"));
+    if !index.is_file() {
+        let single = dir.join(name);
+        return Ok(single.is_file().then(|| vec![single]));
     }
-    let bad = |error: String| Error::input(format!("{}: {error}", index.display()));
-    let text = std::fs::read(index).map_err(|error| bad(error.to_string()))?;
-    let Index { weight_map } =
-        serde_json::from_slice(&text).map_err(|error| bad(error.to_string()))?;
-    let names: BTreeSet<String> = weight_map.into_values().collect();
-    if let Some(outside) = names.iter().find(|name| name.contains('/') || name.contains("..")) {
-        return Err(bad(format!("shard name {outside:?} leaves the directory")));
-    }
+    let text = std::fs::read_to_string(&index)
+        .map_err(|e| Error::input(format!("{}: {e}", index.display())))?;
+    shards(dir, &text).map(Some).map_err(|error| error.context(index.display()))
+}
+
+fn shards(dir: &Path, index: &str) -> Result<Vec<PathBuf>> {
+    let index: Value = serde_json::from_str(index).map_err(Error::input)?;
+    let map = index.get("weight_map").and_then(Value::as_object);
+    let map = map.ok_or_else(|| Error::input("it has no \"weight_map\""))?;
+    let names = map.values().map(|name| {
+        name.as_str().ok_or_else(|| Error::input(format!("shard name {name} is no text")))
+    });
+    let names: BTreeSet<&str> = names.collect::<Result<_>>()?;
     if names.is_empty() {
-        return Err(bad("names no files".into()));
+        return Err(Error::input("its \"weight_map\" is empty"));
     }
-    let dir = index.parent().unwrap_or(Path::new("."));
-    let paths: Vec<PathBuf> = names.into_iter().map(|name| dir.join(name)).collect();
-    match paths.iter().find(|path| !path.is_file()) {
-        Some(missing) => Err(bad(format!("names {}, which is not there", missing.display()))),
-        None => Ok(paths),
+    names.into_iter().map(|name| shard(dir, name)).collect()
+}
+
+fn shard(dir: &Path, name: &str) -> Result<PathBuf> {
+    let mut parts = Path::new(name).components();
+    if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
+        return Err(Error::input(format!("shard name {name:?} leaves the directory")));
+    }
+    let path = dir.join(name);
+    if !path.is_file() {
+        return Err(Error::input(format!("shard {name:?} is missing: is the download complete?")));
+    }
+    Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_index_cannot_leave_its_directory_or_name_what_is_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(indexed(dir.path(), "pytorch_model.bin").unwrap(), None);
+        let single = dir.path().join("pytorch_model.bin");
+        std::fs::write(&single, "").unwrap();
+        assert_eq!(indexed(dir.path(), "pytorch_model.bin").unwrap(), Some(vec![single]));
+        for (index, word) in [
+            (r#"{"weight_map": {"a": "../a.bin"}}"#, "leaves the directory"),
+            (r#"{"weight_map": {"a": "/etc/passwd"}}"#, "leaves the directory"),
+            (r#"{"weight_map": {"a": ".."}}"#, "leaves the directory"),
+            (r#"{"weight_map": {"a": ""}}"#, "leaves the directory"),
+            (r#"{"weight_map": {"a": "a.bin"}}"#, "\"a.bin\" is missing"),
+            (r#"{"weight_map": {"a": 1}}"#, "no text"),
+            (r#"{"weight_map": {}}"#, "empty"),
+            ("[]", "weight_map"),
+            ("{", "EOF"),
+        ] {
+            std::fs::write(dir.path().join("pytorch_model.bin.index.json"), index).unwrap();
+            let error = indexed(dir.path(), "pytorch_model.bin").unwrap_err();
+            assert!(error.message.contains(word), "{index}: {error}");
+            assert!(error.message.contains("index.json"), "{error}");
+        }
     }
 }

@@ -10,16 +10,8 @@ mod zip;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeSet;
-use std::path::{Component, Path, PathBuf};
-
-use serde_json::Value;
-
 use super::{StoredDtype, StoredTensor};
 use crate::{Error, Result};
-
-const SINGLE: &str = "pytorch_model.bin";
-const INDEX: &str = "pytorch_model.bin.index.json";
 
 /// The tensors of the file `bytes`, whose values stay where they are. The object saved is a
 /// dictionary of tensors, or has one under "state_dict", "model" or "module"; what else is
@@ -114,46 +106,4 @@ fn is_contiguous(shape: &[usize], strides: &[usize]) -> bool {
             expected = expected.saturating_mul(*len);
             fits
         })
-}
-
-/// HF's older file names in `dir`: `pytorch_model.bin`, or the shards that
-/// `pytorch_model.bin.index.json` names. None where there is neither.
-///
-/// # Errors
-/// Input errors that name the index: not readable, a shard outside the directory or missing.
-pub fn index_paths(dir: &Path) -> Result<Option<Vec<PathBuf>>> {
-    let index = dir.join(INDEX);
-    if !index.is_file() {
-        let single = dir.join(SINGLE);
-        return Ok(single.is_file().then(|| vec![single]));
-    }
-    let text = std::fs::read_to_string(&index)
-        .map_err(|e| Error::input(format!("{}: {e}", index.display())))?;
-    shards(dir, &text).map(Some).map_err(|error| error.context(index.display()))
-}
-
-fn shards(dir: &Path, index: &str) -> Result<Vec<PathBuf>> {
-    let index: Value = serde_json::from_str(index).map_err(Error::input)?;
-    let map = index.get("weight_map").and_then(Value::as_object);
-    let map = map.ok_or_else(|| Error::input("it has no \"weight_map\""))?;
-    let names = map.values().map(|name| {
-        name.as_str().ok_or_else(|| Error::input(format!("shard name {name} is no text")))
-    });
-    let names: BTreeSet<&str> = names.collect::<Result<_>>()?;
-    if names.is_empty() {
-        return Err(Error::input("its \"weight_map\" is empty"));
-    }
-    names.into_iter().map(|name| shard(dir, name)).collect()
-}
-
-fn shard(dir: &Path, name: &str) -> Result<PathBuf> {
-    let mut parts = Path::new(name).components();
-    if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
-        return Err(Error::input(format!("shard name {name:?} leaves the directory")));
-    }
-    let path = dir.join(name);
-    if !path.is_file() {
-        return Err(Error::input(format!("shard {name:?} is missing: is the download complete?")));
-    }
-    Ok(path)
 }

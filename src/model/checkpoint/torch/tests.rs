@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 
+use super::super::files::indexed;
 use super::super::{StoredDtype, StoredTensor};
-use super::{index_paths, pickle, read, zip};
+use super::{pickle, read, zip};
 use crate::ErrorKind;
 
 fn golden(name: &str) -> PathBuf {
@@ -98,7 +99,7 @@ fn what_is_not_read_is_refused_by_name() {
 fn shards_hold_the_same_bytes_as_the_safetensors_file() {
     let source = std::fs::read(golden("llama_bf16/model.safetensors")).unwrap();
     let source = safetensors::SafeTensors::deserialize(&source).unwrap();
-    let paths = index_paths(&golden("llama_bin")).unwrap().unwrap();
+    let paths = indexed(&golden("llama_bin"), "pytorch_model.bin").unwrap().unwrap();
     assert_eq!(paths.len(), 2);
     let mut seen = 0;
     for path in paths {
@@ -112,33 +113,6 @@ fn shards_hold_the_same_bytes_as_the_safetensors_file() {
         }
     }
     assert_eq!(seen, source.len());
-}
-
-// ------------------------------------------------------------------ the index
-
-#[test]
-fn an_index_cannot_leave_its_directory_or_name_what_is_missing() {
-    let dir = tempfile::tempdir().unwrap();
-    assert_eq!(index_paths(dir.path()).unwrap(), None);
-    let single = dir.path().join("pytorch_model.bin");
-    std::fs::write(&single, "").unwrap();
-    assert_eq!(index_paths(dir.path()).unwrap(), Some(vec![single]));
-    for (index, word) in [
-        (r#"{"weight_map": {"a": "../a.bin"}}"#, "leaves the directory"),
-        (r#"{"weight_map": {"a": "/etc/passwd"}}"#, "leaves the directory"),
-        (r#"{"weight_map": {"a": ".."}}"#, "leaves the directory"),
-        (r#"{"weight_map": {"a": ""}}"#, "leaves the directory"),
-        (r#"{"weight_map": {"a": "a.bin"}}"#, "\"a.bin\" is missing"),
-        (r#"{"weight_map": {"a": 1}}"#, "no text"),
-        (r#"{"weight_map": {}}"#, "empty"),
-        ("[]", "weight_map"),
-        ("{", "EOF"),
-    ] {
-        std::fs::write(dir.path().join("pytorch_model.bin.index.json"), index).unwrap();
-        let error = index_paths(dir.path()).unwrap_err();
-        assert!(error.message.contains(word), "{index}: {error}");
-        assert!(error.message.contains("index.json"), "{error}");
-    }
 }
 
 // ------------------------------------------------------------------ made pickles
