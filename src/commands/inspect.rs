@@ -374,3 +374,6 @@ fn by_numbers(name: &str) -> Vec<(String, u64)> {
     });
     parts.collect()
 }
+
+#[cfg(test)]
+mod tests;

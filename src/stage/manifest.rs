@@ -68,9 +68,13 @@ impl Manifest {
     /// Input errors for what is missing, cannot be read, or is not what it should be; see
     /// [`ModelFiles::find`]. A usage error for an adapter's name that is no plain name.
     pub fn read(asked: &ModelPaths) -> Result<Self> {
-        let model = resolved(&asked.model)?;
-        let name = model_name(&model);
+        let mut model = resolved(&asked.model)?;
         let found = ModelFiles::find(&model)?;
+        if let (Some(first), false) = (found.weights.first(), model.is_dir()) {
+            // Any part of a split model stands for all of them.
+            model = first.clone();
+        }
+        let name = model_name(&model);
         let root = canonical(&found.dir, "--model")?;
         let mut listing = Listing::default();
         for path in &found.weights {
@@ -89,7 +93,7 @@ impl Manifest {
         }
         let mut below_copy = ModelPaths::default();
         if !model.is_dir() {
-            below_copy.model = file_name(&found.weights[0])?.into();
+            below_copy.model = file_name(&model)?.into();
         }
         below_copy.tokenizer =
             tokenizer.as_deref().map(|path| listing.add_tokenizer(path)).transpose()?;
@@ -353,6 +357,7 @@ mod tests {
         assert_eq!(paths(&manifest), ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]);
         let copy = manifest.in_copy(Path::new("/copy"));
         assert_eq!(copy, ModelPaths::of("/copy/m-00001-of-00002.gguf"));
+        assert_eq!(read(dir.path().join("m-00001-of-00002.gguf")).unwrap(), manifest);
     }
 
     #[test]

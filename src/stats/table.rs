@@ -70,9 +70,7 @@ fn resource_rows(job: &JobStats) -> Vec<(&'static str, String)> {
     vec![
         (
             "memory",
-            format!(
-                "{weights} of weights a rank, {owned} of them its own; {resident} resident (most)"
-            ),
+            format!("{weights} of weights a rank, {owned} copied; {resident} resident (most)"),
         ),
         ("bandwidth", format!("{mean} a rank (mean), {best} (best step)")),
         ("weight reads", bytes(job.weight_read_bytes as u64)),

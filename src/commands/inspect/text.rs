@@ -9,7 +9,7 @@ use crate::stats::format::{bytes, count, memory, percent, plural};
 pub fn render(inspection: &Inspection) -> String {
     let mut text = String::new();
     for (name, value) in rows(inspection) {
-        text.push_str(&format!("{name:<13}{value}\n"));
+        text.push_str(&format!("{name:<15}{value}\n"));
     }
     if !inspection.memory.is_empty() {
         text.push_str(&memory_table(inspection));
@@ -40,7 +40,7 @@ fn rows(inspection: &Inspection) -> Vec<(&'static str, String)> {
     let mut known = |name, value: Option<String>| rows.extend(value.map(|value| (name, value)));
     known("family", inspection.family.clone());
     known("architecture", inspection.architecture.clone());
-    known("parameters", inspection.parameters.map(|n| format!("{} ({})", billions(n), count(n))));
+    known("parameters", inspection.parameters.map(parameters));
     let shares = inspection.dtypes.iter().map(|d| format!("{} {}", d.dtype, percent(d.share)));
     known("stored as", Some(shares.collect::<Vec<_>>().join(", ")));
     known("quantized", Some(inspection.quantization.clone().unwrap_or_else(|| "no".into())));
@@ -68,10 +68,10 @@ fn tokenizer_rows(tokenizer: &TokenizerInfo) -> [(&'static str, String); 3] {
     ]
 }
 
-fn billions(n: u64) -> String {
+fn parameters(n: u64) -> String {
     match n {
-        1_000_000_000.. => format!("{:.1} B", n as f64 / 1e9),
-        1_000_000.. => format!("{:.1} M", n as f64 / 1e6),
+        1_000_000_000.. => format!("{:.1} B ({})", n as f64 / 1e9, count(n)),
+        1_000_000.. => format!("{:.1} M ({})", n as f64 / 1e6, count(n)),
         _ => count(n),
     }
 }
