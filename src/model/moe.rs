@@ -124,12 +124,7 @@ impl Experts {
         Ok(chosen)
     }
 
-    fn pass(
-        &self,
-        expert: &ExpertWeights,
-        x: &Tensor,
-        adapters: &RowAdapters,
-    ) -> Result<Vec<f32>> {
+    fn pass(&self, expert: &ExpertWeights, x: &Tensor, adapters: &RowAdapters) -> Result<Vec<f32>> {
         let gate = expert.gate.forward(x, adapters)?;
         let up = expert.up.forward(x, adapters)?;
         let inner = ops::gated(self.activation, &gate, &up, expert.up.weight().rows())?;

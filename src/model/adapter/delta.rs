@@ -124,7 +124,13 @@ impl Delta {
     }
 
     /// `x` holds the rows `rows` of the layer's input.
-    fn apply(&self, x: &Tensor, bias: Option<&[f32]>, rows: &[usize], out: &mut [f32]) -> Result<()> {
+    fn apply(
+        &self,
+        x: &Tensor,
+        bias: Option<&[f32]>,
+        rows: &[usize],
+        out: &mut [f32],
+    ) -> Result<()> {
         let low_rank = self.low_rank.as_ref();
         let product = low_rank.map(|low_rank| low_rank.forward(x)).transpose()?;
         let replaced =
@@ -210,7 +216,13 @@ impl LowRank {
     }
 
     /// The same of the model's rows at `base`, of which this rank keeps only some columns.
-    fn norms_of_stored(&self, l: &Loader, a: &Weight, base: &Place, width: usize) -> Result<Vec<f32>> {
+    fn norms_of_stored(
+        &self,
+        l: &Loader,
+        a: &Weight,
+        base: &Place,
+        width: usize,
+    ) -> Result<Vec<f32>> {
         let rows: Vec<usize> = base.rows.iter().cloned().flatten().collect();
         let mut norms = Vec::with_capacity(rows.len());
         for rows in rows.chunks(NORM_ROWS) {
@@ -328,5 +340,8 @@ impl EmbeddingDelta {
 fn transposed(matrix: &Weight) -> Vec<f32> {
     let (rows, cols) = (matrix.rows(), matrix.cols());
     let values = matrix.to_f32();
-    (0..cols).flat_map(|col| (0..rows).map(move |row| (row, col))).map(|(r, c)| values[r * cols + c]).collect()
+    (0..cols)
+        .flat_map(|col| (0..rows).map(move |row| (row, col)))
+        .map(|(r, c)| values[r * cols + c])
+        .collect()
 }

@@ -36,9 +36,8 @@ fn read(table: TensorTable, metadata: &Metadata, base: &ModelConfig) -> Result<C
     let fused_qkv = parts.keys().any(|name| name.ends_with(".attn_qkv"));
     let names = gguf_model::names(base, fused_qkv);
     // Without an alpha llama.cpp takes the factors as they are.
-    let scale = |_: &str, rank: usize| {
-        Ok(if alpha == 0.0 { 1.0 } else { (alpha / rank as f64) as f32 })
-    };
+    let scale =
+        |_: &str, rank: usize| Ok(if alpha == 0.0 { 1.0 } else { (alpha / rank as f64) as f32 });
     let modules = fit(&table, parts, &modules(base, &names), true, scale)?;
     Ok(Contents { table, names, interleaved: gguf::interleaved_rope(metadata), modules })
 }
@@ -59,7 +58,9 @@ fn check_kind(metadata: &Metadata, base: &ModelConfig) -> Result<()> {
         }
     }
     if metadata.0.contains_key("adapter.alora.invocation_tokens") {
-        return Err(Error::input("adapter.alora.invocation_tokens: an activated LoRA is not supported"));
+        return Err(Error::input(
+            "adapter.alora.invocation_tokens: an activated LoRA is not supported",
+        ));
     }
     let wanted = architecture(&base.model_type);
     match metadata.str("general.architecture") {
@@ -84,9 +85,9 @@ fn architecture(model_type: &str) -> &str {
 fn parts(table: &TensorTable) -> Result<BTreeMap<String, Parts>> {
     let mut modules: BTreeMap<String, Parts> = BTreeMap::new();
     for (tensor, _) in table.iter() {
-        let found = [".lora_a", ".lora_b"]
-            .iter()
-            .find_map(|suffix| Some((*suffix, tensor.strip_suffix(suffix)?.strip_suffix(".weight")?)));
+        let found = [".lora_a", ".lora_b"].iter().find_map(|suffix| {
+            Some((*suffix, tensor.strip_suffix(suffix)?.strip_suffix(".weight")?))
+        });
         let Some((suffix, module)) = found else {
             return Err(Error::input(format!(
                 "tensor {tensor} is no lora_a or lora_b of a weight: farm computes nothing else"

@@ -25,7 +25,7 @@ mod rows;
 mod tests;
 
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -56,25 +56,40 @@ impl AdapterSource {
     pub fn parse(text: &OsStr) -> Result<Self, String> {
         let bytes = text.as_bytes();
         let split = bytes.iter().position(|b| *b == b'=');
-        let named = split.map(|at| (&bytes[..at], &bytes[at + 1..]));
+        let named = split.map(|at| (&bytes[..at], OsStr::from_bytes(&bytes[at + 1..])));
         let (name, path) = match named.filter(|(name, _)| !name.contains(&b'/')) {
-            Some((name, path)) => (Some(OsStr::from_bytes(name)), Path::new(OsStr::from_bytes(path))),
+            Some((name, path)) => (Some(name), Path::new(path)),
             None => (None, Path::new(text)),
         };
         if path.as_os_str().is_empty() {
             return Err("must be NAME=PATH or PATH".into());
         }
-        let is_file = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
-        let own = || if is_file { path.file_stem() } else { path.file_name() };
         let name = match name {
-            Some(name) => name.to_str().ok_or("the name is not UTF-8")?.to_owned(),
-            None => own().ok_or("has no name of its own; give NAME=PATH")?.to_string_lossy().into(),
+            Some(name) => std::str::from_utf8(name).map_err(|_| "the name is not UTF-8")?.into(),
+            None => own_name(path).ok_or("has no name of its own; give NAME=PATH")?,
         };
         if name.is_empty() {
             return Err("the name before = is empty".into());
         }
         Ok(Self { name, path: path.to_owned() })
     }
+
+    /// The text that [`AdapterSource::parse`] reads as this; the path must be absolute.
+    pub fn word(&self) -> OsString {
+        let mut word = OsString::new();
+        if own_name(&self.path).as_ref() != Some(&self.name) {
+            word.push(&self.name);
+            word.push("=");
+        }
+        word.push(&self.path);
+        word
+    }
+}
+
+fn own_name(path: &Path) -> Option<String> {
+    let is_file = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+    let name = if is_file { path.file_stem() } else { path.file_name() };
+    Some(name?.to_string_lossy().into_owned())
 }
 
 /// An open adapter that fits a model.
@@ -176,9 +191,18 @@ impl Adapter {
         &self.source.name
     }
 
-    /// Modules that it changes.
-    pub fn num_modules(&self) -> usize {
-        self.modules.len()
+    /// What it changes, for people.
+    pub fn summary(&self) -> String {
+        let low_rank: Vec<_> = self.modules.values().filter_map(|m| m.low_rank.as_ref()).collect();
+        let ranks = || low_rank.iter().map(|tensors| tensors.rank);
+        let dora = if low_rank.iter().any(|t| t.magnitude.is_some()) { " (DoRA)" } else { "" };
+        let replaced = self.modules.values().filter(|m| m.replaced.is_some()).count();
+        format!(
+            "{} modules of rank {} to {}{dora}, {replaced} replaced as a whole",
+            low_rank.len(),
+            ranks().min().unwrap_or(0),
+            ranks().max().unwrap_or(0)
+        )
     }
 
     fn module(&self, name: &str) -> Option<&Module> {

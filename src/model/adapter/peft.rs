@@ -17,10 +17,8 @@ use crate::model::config::ModelConfig;
 use crate::{Error, Result};
 
 const CONFIG: &str = "adapter_config.json";
-const WEIGHTS: [(&str, Format); 2] = [
-    ("adapter_model.safetensors", Format::Safetensors),
-    ("adapter_model.bin", Format::Torch),
-];
+const WEIGHTS: [(&str, Format); 2] =
+    [("adapter_model.safetensors", Format::Safetensors), ("adapter_model.bin", Format::Torch)];
 
 /// What changes the result and is not computed here, unless null, false or empty.
 const REFUSED: [&str; 11] = [
@@ -68,7 +66,8 @@ pub fn open(dir: &Path, base: &ModelConfig) -> Result<Contents> {
     let in_file = |e: Error| e.context(weights.display());
     let mut parts = parts(&table).map_err(in_file)?;
     share_tied(base, &settings, &mut parts);
-    if let Some(module) = parts.values().find(|p| p.a.is_some() && p.magnitude.is_some() != settings.dora)
+    if let Some(module) =
+        parts.values().find(|p| p.a.is_some() && p.magnitude.is_some() != settings.dora)
     {
         let what = if settings.dora { "has no" } else { "has a" };
         return Err(in_file(Error::input(format!(

@@ -26,7 +26,8 @@ impl RowAdapters {
         if batch.sequences.iter().all(|s| s.adapter.is_none()) {
             return Self::default();
         }
-        let rows = batch.sequences.iter().flat_map(|s| std::iter::repeat_n(s.adapter, s.num_tokens));
+        let rows =
+            batch.sequences.iter().flat_map(|s| std::iter::repeat_n(s.adapter, s.num_tokens));
         Self::of_rows(rows.collect())
     }
 
