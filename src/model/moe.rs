@@ -176,7 +176,14 @@ mod tests {
             down: Weight::from_f32(HIDDEN, INNER, values(2, e)).into(),
         });
         let router = Weight::from_f32(EXPERTS, HIDDEN, values(3, 0));
-        Experts::new(router, mine.clone(), weights.collect(), &config, Activation::Silu, comm)
+        Experts::new(
+            router.into(),
+            mine.clone(),
+            weights.collect(),
+            &config,
+            Activation::Silu,
+            comm,
+        )
     }
 
     fn whole(per_token: usize, norm_topk_prob: bool) -> Experts {

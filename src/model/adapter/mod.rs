@@ -209,10 +209,6 @@ impl Adapter {
         self.modules.get(name)
     }
 
-    fn error(&self, message: impl std::fmt::Display) -> Error {
-        Error::input(message).context(format_args!("adapter {}", self.source.name))
-    }
-
     /// The rows of `place`, which are heads of width `head_dim` where they are queries or
     /// keys, in the model's order.
     fn in_base_order(&self, place: Place, head_dim: Option<usize>) -> Place {
