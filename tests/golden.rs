@@ -97,8 +97,7 @@ fn with_loaded<T: Send>(
         let options = LoadOptions { dtype, max_seq_len: 512, num_blocks: 64 };
         let checkpoint = Checkpoint::open(dir).unwrap();
         let adapters = Adapter::open_all(adapters, checkpoint.config()).unwrap();
-        let mut runner =
-            ModelRunner::load_adapted(&checkpoint, &adapters, &options, comm).unwrap();
+        let mut runner = ModelRunner::load_adapted(&checkpoint, &adapters, &options, comm).unwrap();
         if rank > 0 {
             runner.follow(|_, _| {}).unwrap();
             return None;

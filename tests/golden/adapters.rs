@@ -8,6 +8,8 @@ use std::sync::Arc;
 use farm::Result;
 use farm::engine::SamplingParams;
 use farm::engine::{Engine, EngineConfig, EngineOutput, EngineRequest, Generated, Mode};
+use farm::kernels::quant::QuantType;
+use farm::model::WeightDtype;
 use farm::model::checkpoint::{Format, TensorTable, gguf};
 use farm::model::{
     AdapterSource, Checkpoint, Logits, LogitsWanted, ModelRunner, Runner, StepBatch,
@@ -16,8 +18,11 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde::Deserialize;
 use serde_json::json;
+use tempfile::TempDir;
 
-use super::{Golden, NoText, check, golden, greedy, step, tensor_parallel_sizes, with_adapted};
+use super::{
+    Golden, NoText, check, golden, greedy, step, tensor_parallel_sizes, with_adapted, with_loaded,
+};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
@@ -30,12 +35,16 @@ fn source(path: &Path) -> AdapterSource {
 /// The adapters of a base, in order of name.
 fn adapters_of(base: &str) -> Vec<PathBuf> {
     let dirs = std::fs::read_dir(root().join("adapters")).unwrap().map(|e| e.unwrap().path());
-    let mut dirs: Vec<PathBuf> = dirs.filter(|dir| base_of(dir) == base).collect();
+    let mut dirs: Vec<PathBuf> =
+        dirs.filter(|dir| dir.join("golden.json").is_file() && base_of(dir) == base).collect();
     dirs.sort();
     dirs
 }
 
 fn base_of(adapter: &Path) -> String {
+    if let Ok(same) = std::fs::read_to_string(adapter.join("golden_from")) {
+        return base_of(&adapter.with_file_name(same.trim()));
+    }
     #[derive(Deserialize)]
     struct Base {
         base: String,
@@ -88,7 +97,7 @@ impl Runner for Seen<'_> {
 fn adapters_give_pefts_logits_and_text() {
     let dirs = std::fs::read_dir(root().join("adapters")).unwrap().map(|e| e.unwrap().path());
     let dirs: Vec<PathBuf> = dirs.collect();
-    assert!(dirs.len() >= 9, "adapters are missing");
+    assert!(dirs.len() >= 11, "adapters are missing");
     for adapter in dirs {
         let base = root().join(base_of(&adapter));
         for size in tensor_parallel_sizes(&base) {
@@ -198,7 +207,7 @@ fn values(table: &TensorTable, name: &str) -> (Vec<usize>, Vec<f32>) {
     let shape = table.shape(name).unwrap();
     let cols = *shape.last().unwrap();
     let rows = shape.iter().product::<usize>() / cols;
-    let all = [0..rows];
+    let all = std::slice::from_ref(&(0..rows)).to_vec();
     (shape, table.part(name, [rows, cols], &all, 0..cols).unwrap().to_f32())
 }
 
@@ -332,26 +341,91 @@ fn noise(name: &str, len: usize) -> Vec<f32> {
     (0..len).map(|_| next()).collect()
 }
 
-/// Factors of rank 2 for every linear layer in `tensors`, and the model with them merged.
-fn adapt_all(tensors: &Tensors, scale: f32) -> (Tensors, Tensors) {
+/// Factors of rank 2 for every linear layer in `tensors`, and the model with them merged;
+/// `dora` gives each row a length of its own.
+fn adapt_all(tensors: &Tensors, scale: f32, dora: bool) -> (Tensors, Tensors) {
     let (mut factors, mut merged) = (Tensors::new(), tensors.clone());
     for (name, (shape, _)) in tensors {
         let module = name.strip_suffix(".weight").unwrap_or(name);
         let [rows, cols] = shape[..] else { continue };
-        if module.ends_with("embed_tokens") {
+        if module.contains("embed") {
             continue;
         }
         let (a, b) = (noise(&format!("{name} a"), 2 * cols), noise(&format!("{name} b"), 2 * rows));
+        let lengths: Vec<f32> = noise(&format!("{name} m"), rows).iter().map(|m| 2.0 + m).collect();
         let weight = &mut merged.get_mut(name).unwrap().1;
-        for (i, w) in weight.iter_mut().enumerate() {
-            let (row, col) = (i / cols, i % cols);
-            *w += scale * (b[2 * row] * a[col] + b[2 * row + 1] * a[cols + col]);
+        for (row, weight) in weight.chunks_exact_mut(cols).enumerate() {
+            for (col, w) in weight.iter_mut().enumerate() {
+                *w += scale * (b[2 * row] * a[col] + b[2 * row + 1] * a[cols + col]);
+            }
+            if dora {
+                let length = weight.iter().map(|w| w * w).sum::<f32>().sqrt();
+                weight.iter_mut().for_each(|w| *w *= lengths[row] / length);
+            }
         }
-        let key = |part: &str| format!("base_model.model.{module}.{part}.weight");
-        factors.insert(key("lora_A"), (vec![2, cols], a));
-        factors.insert(key("lora_B"), (vec![rows, 2], b));
+        let key = |part: &str| format!("base_model.model.{module}.{part}");
+        factors.insert(key("lora_A.weight"), (vec![2, cols], a));
+        factors.insert(key("lora_B.weight"), (vec![rows, 2], b));
+        if dora {
+            factors.insert(key("lora_magnitude_vector"), (vec![rows], lengths));
+        }
     }
     (factors, merged)
+}
+
+/// Adapts all of the model in `hf`: the adapter, and the logits of the merged model.
+fn adapted_and_merged(
+    hf: &Path,
+    dora: bool,
+    prompts: &[Vec<u32>],
+) -> (TempDir, Vec<Vec<Vec<f32>>>) {
+    let [merged_dir, peft] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let weights = "model.safetensors";
+    let (table, _) = TensorTable::of_file(&hf.join(weights), Format::Safetensors).unwrap();
+    let tensors: Tensors =
+        table.iter().map(|(name, _)| (name.to_owned(), values(&table, name))).collect();
+    let (factors, merged) = adapt_all(&tensors, 1.5, dora);
+    let config = json!({"peft_type": "LORA", "r": 2, "lora_alpha": 3, "use_dora": dora});
+    write_peft(peft.path(), config, &factors);
+    std::fs::copy(hf.join("config.json"), merged_dir.path().join("config.json")).unwrap();
+    write_safetensors(&merged_dir.path().join(weights), &merged);
+    let logits = with_adapted(merged_dir.path(), &[], 1, |runner| {
+        let logits = |ids: &Vec<u32>| step(runner, 0, ids, ids.len(), LogitsWanted::All);
+        prompts.iter().map(logits).collect()
+    });
+    (peft, logits)
+}
+
+/// DoRA where layers have biases, which it does not scale, whatever the split.
+#[test]
+fn dora_leaves_biases_alone() {
+    for case in ["llama_bias", "qwen2", "falcon_rw"] {
+        let (model, prompts) = (root().join(case), prompts_of(case));
+        let (peft, want) = adapted_and_merged(&model, true, &prompts);
+        for size in tensor_parallel_sizes(&model) {
+            let got = all_logits(&model, peft.path(), size, &prompts);
+            assert_same_logits(&got, &want, 2e-4, &format!("{case} TP {size}"));
+        }
+    }
+}
+
+/// DoRA's norms are those of the weights as they are used, all columns of them.
+#[test]
+fn dora_on_quantized_weights_is_the_same_on_any_number_of_ranks() {
+    let (model, prompts) = (root().join("llama_gqa"), prompts_of("llama_gqa"));
+    let sources = [source(&root().join("adapters/dora"))];
+    let quantized = |size| {
+        let dtype = Some(WeightDtype::Quant(QuantType::Q8_0));
+        with_loaded(&model, &sources, size, dtype, |runner| {
+            let mut seen = Seen::with(runner, Some(0));
+            let logits = |ids: &Vec<u32>| step(&mut seen, 0, ids, ids.len(), LogitsWanted::All);
+            prompts.iter().map(logits).collect::<Vec<_>>()
+        })
+    };
+    let alone = quantized(1);
+    for size in [2, 4] {
+        assert_same_logits(&quantized(size), &alone, 1e-3, &format!("TP {size}"));
+    }
 }
 
 /// Every linear layer of a mixture of experts, router and experts among them, adapted: as
@@ -359,23 +433,9 @@ fn adapt_all(tensors: &Tensors, scale: f32) -> (Tensors, Tensors) {
 #[test]
 fn experts_are_adapted_as_if_the_factors_were_merged() {
     let model = root().join("gguf/mixtral.gguf");
-    let [hf, merged_dir, peft] = [(); 3].map(|()| tempfile::tempdir().unwrap());
+    let (hf, prompts) = (tempfile::tempdir().unwrap(), prompts_of("mixtral"));
     write_hf_twin(&model, hf.path());
-    let table = TensorTable::of_file(&hf.path().join("model.safetensors"), Format::Safetensors);
-    let (table, _) = table.unwrap();
-    let tensors: Tensors =
-        table.iter().map(|(name, _)| (name.to_owned(), values(&table, name))).collect();
-    let (factors, merged) = adapt_all(&tensors, 1.5);
-    assert!(factors.keys().any(|name| name.contains("experts.1.w2.lora_B")));
-    write_peft(peft.path(), json!({"peft_type": "LORA", "r": 2, "lora_alpha": 3}), &factors);
-    std::fs::copy(hf.path().join("config.json"), merged_dir.path().join("config.json")).unwrap();
-    write_safetensors(&merged_dir.path().join("model.safetensors"), &merged);
-
-    let prompts: Vec<Vec<u32>> = prompts_of("mixtral");
-    let want = with_adapted(merged_dir.path(), &[], 1, |runner| {
-        let logits = |ids: &Vec<u32>| step(runner, 0, ids, ids.len(), LogitsWanted::All);
-        prompts.iter().map(logits).collect::<Vec<_>>()
-    });
+    let (peft, want) = adapted_and_merged(hf.path(), false, &prompts);
     for model in [hf.path(), &model] {
         for size in [1, 2, 4] {
             let what = format!("{} TP {size}", model.display());

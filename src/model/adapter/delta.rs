@@ -5,6 +5,7 @@
 //! bits in any company, so a row's sum depends on its own adapter alone.
 
 use std::ops::Range;
+use std::slice::from_ref;
 
 use candle_core::Tensor;
 use rayon::prelude::*;
@@ -172,8 +173,8 @@ fn a_of(
     let rank = tensors.rank;
     let first = place.rows.first().map_or(0, |rows| rows.start);
     let member = first * stack / place.stored_rows.max(1);
-    let rows = [member * rank..(member + 1) * rank];
-    adapter.table.part(&tensors.a, [stack * rank, width], &rows, cols)
+    let rows = member * rank..(member + 1) * rank;
+    adapter.table.part(&tensors.a, [stack * rank, width], from_ref(&rows), cols)
 }
 
 impl LowRank {
@@ -292,7 +293,7 @@ impl EmbeddingDelta {
         let Some(module) = adapter.module(adapter.names.embed_tokens) else { return Ok(None) };
         let [vocab, hidden] = shape;
         let table = &adapter.table;
-        let rows = std::slice::from_ref(&ids);
+        let rows = from_ref(&ids);
         let replaced = module.replaced.as_ref();
         let replaced = replaced.map(|name| table.part(name, shape, rows, 0..hidden)).transpose()?;
         let low_rank = match &module.low_rank {
@@ -301,13 +302,12 @@ impl EmbeddingDelta {
                 let mut by_token = match a_by_token {
                     true => table.part(a, [vocab, *rank], rows, 0..*rank)?.to_f32(),
                     false => {
-                        let all = std::slice::from_ref(&(0..*rank)).to_vec();
-                        transposed(&table.part(a, [*rank, vocab], &all, ids.clone())?)
+                        let all = 0..*rank;
+                        transposed(&table.part(a, [*rank, vocab], from_ref(&all), ids.clone())?)
                     }
                 };
                 by_token.iter_mut().for_each(|a| *a *= scale);
-                let all = [0..hidden];
-                let b = table.part(b, [hidden, *rank], &all, 0..*rank)?;
+                let b = table.part(b, [hidden, *rank], from_ref(&(0..hidden)), 0..*rank)?;
                 Some(EmbeddingLowRank { a_by_token: by_token, b })
             }
         };

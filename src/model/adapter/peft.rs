@@ -117,22 +117,16 @@ fn parts(table: &TensorTable) -> Result<BTreeMap<String, Parts>> {
 }
 
 /// A matrix that was saved without being one of `modules_to_save` is the model's own, changed
-/// (a longer vocabulary, say): where embedding and output projection are one, it is both.
+/// (its tokens trained, say): where embedding and output projection are one, it is both.
 fn share_tied(base: &ModelConfig, settings: &Settings, parts: &mut BTreeMap<String, Parts>) {
-    if !base.tie_word_embeddings {
-        return;
-    }
     let names = [base.hf_names.embed_tokens, base.hf_names.lm_head];
-    let own = names.map(|name| {
-        let part = parts.get(name)?;
-        let saved = settings.modules_to_save.iter().any(|saved| {
-            part.stored_name == *saved || part.stored_name.ends_with(&format!(".{saved}"))
-        });
-        part.replaced.clone().filter(|_| !saved)
-    });
-    if let ([Some(one), None] | [None, Some(one)], [true, false] | [false, true]) =
-        (&own, names.map(|name| parts.get(name).is_some_and(|p| p.replaced.is_some())))
-    {
+    let replaced = names.map(|name| parts.get(name)?.replaced.clone());
+    let ([Some(one), None] | [None, Some(one)]) = replaced else { return };
+    let is_saved = |name: &str| {
+        let mut saved = settings.modules_to_save.iter();
+        saved.any(|saved| name == saved || name.ends_with(&format!(".{saved}")))
+    };
+    if base.tie_word_embeddings && !names.into_iter().any(is_saved) {
         for name in names {
             parts.entry(name.to_owned()).or_default().replaced = Some(one.clone());
         }

@@ -210,6 +210,47 @@ fn files_that_are_missing_or_damaged_are_named() {
     }
 }
 
+/// Whatever the bytes are, there is an answer; one that is taken also loads.
+#[test]
+fn damaged_bytes_never_panic() {
+    let dir = tempfile::tempdir().unwrap();
+    let gguf = dir.path().join("a.gguf");
+    let peft = dir.path().join("peft");
+    std::fs::create_dir(&peft).unwrap();
+    let from = golden("adapters/dora");
+    let names = ["adapter_config.json", "adapter_model.safetensors"];
+    for name in names {
+        std::fs::copy(from.join(name), peft.join(name)).unwrap();
+    }
+    let mut state = 1u64;
+    let mut random = |n: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (state >> 33) as usize % n
+    };
+    for (file, source, opened, model) in [
+        (&gguf, golden("gguf/llama_lora.gguf"), &gguf, "gguf/llama_f32.gguf"),
+        (&peft.join(names[0]), from.join(names[0]), &peft, "llama_gqa"),
+        (&peft.join(names[1]), from.join(names[1]), &peft, "llama_gqa"),
+    ] {
+        let whole = std::fs::read(&source).unwrap();
+        let config = config_of(model);
+        for _ in 0..300 {
+            let mut bytes = whole.clone();
+            for _ in 0..1 + random(3) {
+                let at = random(whole.len().min(1500));
+                bytes[at] = [random(256) as u8, 0, 255, b'9'][random(4)];
+            }
+            std::fs::write(file, &bytes).unwrap();
+            let source = AdapterSource { name: "mine".into(), path: opened.clone() };
+            if let Ok(adapter) = Adapter::open(&source, &config) {
+                assert!(!adapter.summary().is_empty());
+            }
+        }
+        std::fs::write(file, &whole).unwrap();
+        assert!(open(opened, model).is_ok());
+    }
+}
+
 #[test]
 fn the_identity_is_of_names_and_bytes_in_any_order() {
     let (one, two) = (adapter(|_, _| ()), adapter(|config, _| config["lora_alpha"] = json!(9)));
