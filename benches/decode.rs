@@ -81,6 +81,7 @@ fn run(engine: &mut Engine<ModelRunner>, batch: usize) -> (f64, f64) {
             prompt_token_ids: (0..PROMPT)
                 .map(|i| ((i + s * 31) * 7919 % 31_000 + 10) as u32)
                 .collect(),
+            adapter: None,
             generated: Generated::default(),
             params: SamplingParams {
                 max_new_tokens: NEW,

@@ -15,6 +15,7 @@ use std::time::Duration;
 use clap::builder::{BoolishValueParser, NonEmptyStringValueParser};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use crate::model::AdapterSource;
 use crate::slurm;
 pub use crate::stats::progress::ProgressMode;
 
@@ -306,6 +307,15 @@ pub struct ModelArgs {
     /// It takes the place of the model's own, and its chat template, if it has one, too.
     #[arg(long, env = "FARM_TOKENIZER", value_name = "FILE|DIR")]
     pub tokenizer: Option<PathBuf>,
+    /// LoRA adapter: a PEFT directory or a GGUF file; may be given several times
+    ///
+    /// NAME is what records call it ("adapter": "NAME"; in an OpenAI line also "model");
+    /// default is the directory's name, or the file's without .gguf. The only adapter of a run
+    /// answers all records that do not say otherwise ("adapter": null is the model alone); of
+    /// several, a record that names none is answered by the model alone.
+    #[arg(long, env = "FARM_ADAPTER", value_name = "[NAME=]PATH")]
+    #[arg(value_parser = values::adapter())]
+    pub adapter: Vec<AdapterSource>,
     /// Type of the weights in memory; auto keeps the checkpoint's (arithmetic is f32)
     #[arg(long, env = "FARM_DTYPE", value_name = "DTYPE", default_value = "auto")]
     pub dtype: Dtype,

@@ -133,6 +133,7 @@ fn load(model: &Path) -> farm::Result<()> {
             block_table: (0..num_blocks as u32).collect(),
             logits: LogitsWanted::Last,
             prompt_len: token_ids.len(),
+            adapter: None,
         };
         runner.forward(&StepBatch { token_ids, sequences: vec![sequence] })?;
     }

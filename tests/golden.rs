@@ -9,10 +9,13 @@ use farm::comm::{HostTensorComm, LocalComm, NoTensorComm, TensorComm};
 use farm::engine::{Engine, EngineConfig, EngineOutput, EngineRequest, Generated, Mode};
 use farm::engine::{SamplingParams, TokenDecoder};
 use farm::model::config::AttentionSplit;
+use farm::model::{Adapter, AdapterSource};
 use farm::model::{BatchSequence, Checkpoint, LoadOptions, LogitsWanted, ModelRunner};
 use farm::model::{Runner, StepBatch, WeightDtype};
 use serde::Deserialize;
 
+#[path = "golden/adapters.rs"]
+mod adapters;
 #[path = "golden/gguf.rs"]
 mod gguf;
 
@@ -58,7 +61,7 @@ fn golden(dir: &Path) -> Golden {
 
 /// Runs `body` as the leader of a group of `size` ranks that hold the model.
 fn with_model<T: Send>(dir: &Path, size: usize, body: impl Fn(&mut ModelRunner) -> T + Sync) -> T {
-    with_model_as(dir, size, None, body)
+    with_loaded(dir, &[], size, None, body)
 }
 
 /// The same with weights converted while they are loaded.
@@ -68,12 +71,33 @@ fn with_model_as<T: Send>(
     dtype: Option<WeightDtype>,
     body: impl Fn(&mut ModelRunner) -> T + Sync,
 ) -> T {
+    with_loaded(dir, &[], size, dtype, body)
+}
+
+/// The same with adapters.
+fn with_adapted<T: Send>(
+    dir: &Path,
+    adapters: &[AdapterSource],
+    size: usize,
+    body: impl Fn(&mut ModelRunner) -> T + Sync,
+) -> T {
+    with_loaded(dir, adapters, size, None, body)
+}
+
+fn with_loaded<T: Send>(
+    dir: &Path,
+    adapters: &[AdapterSource],
+    size: usize,
+    dtype: Option<WeightDtype>,
+    body: impl Fn(&mut ModelRunner) -> T + Sync,
+) -> T {
     let results = LocalComm::run(size, |world| {
         let rank = world.rank();
         let comm: Arc<dyn TensorComm> = Arc::new(HostTensorComm::new(world));
         let options = LoadOptions { dtype, max_seq_len: 512, num_blocks: 64 };
-        let mut runner =
-            ModelRunner::load(&Checkpoint::open(dir).unwrap(), &options, comm).unwrap();
+        let checkpoint = Checkpoint::open(dir).unwrap();
+        let adapters = Adapter::open_all(adapters, checkpoint.config()).unwrap();
+        let mut runner = ModelRunner::load_adapted(&checkpoint, &adapters, &options, comm).unwrap();
         if rank > 0 {
             runner.follow(|_, _| {}).unwrap();
             return None;
@@ -87,7 +111,7 @@ fn with_model_as<T: Send>(
 
 /// Feeds `tokens` from `start` on; the block table is out of order on purpose.
 fn step(
-    runner: &mut ModelRunner,
+    runner: &mut impl Runner,
     start: usize,
     tokens: &[u32],
     prompt_len: usize,
@@ -100,6 +124,7 @@ fn step(
         block_table: (0..blocks as u32).map(|b| (b * 5 + 7) % 64).collect(),
         logits,
         prompt_len,
+        adapter: None,
     };
     let batch = StepBatch { token_ids: tokens.to_vec(), sequences: vec![sequence] };
     let out = runner.forward(&batch).unwrap();
@@ -111,7 +136,7 @@ fn argmax(row: &[f32]) -> u32 {
     best.unwrap().0 as u32
 }
 
-fn greedy(runner: &mut ModelRunner, prompt: &[u32], n: usize) -> Vec<u32> {
+fn greedy(runner: &mut impl Runner, prompt: &[u32], n: usize) -> Vec<u32> {
     let mut logits = step(runner, 0, prompt, prompt.len(), LogitsWanted::Last).remove(0);
     let mut ids = Vec::new();
     while ids.len() < n {
@@ -153,7 +178,7 @@ fn logits_greedy_ids_and_log_likelihoods_equal_transformers() {
     }
 }
 
-fn check(runner: &mut ModelRunner, prompt: &Prompt, what: &str) {
+fn check(runner: &mut impl Runner, prompt: &Prompt, what: &str) {
     let ids = &prompt.prompt_token_ids;
     let rows = step(runner, 0, ids, ids.len(), LogitsWanted::All);
     assert_close(rows.last().unwrap(), &prompt.last_logits, what);
@@ -237,6 +262,7 @@ fn a_continued_generation_gives_the_same_tokens_and_bits() {
             record_index: 5,
             completion: 0,
             prompt_token_ids: prompt.prompt_token_ids.clone(),
+            adapter: None,
             generated: Generated::default(),
             params: SamplingParams {
                 max_new_tokens: 20,

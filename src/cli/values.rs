@@ -2,13 +2,19 @@
 
 use std::time::Duration;
 
-use clap::builder::RangedU64ValueParser;
+use clap::builder::{OsStringValueParser, RangedU64ValueParser, TypedValueParser};
 
+use crate::model::AdapterSource;
 use crate::slurm;
 
 /// An integer from 1.
 pub fn at_least_one() -> RangedU64ValueParser<usize> {
     RangedU64ValueParser::new().range(1..)
+}
+
+/// `[NAME=]PATH` of an adapter.
+pub fn adapter() -> impl TypedValueParser<Value = AdapterSource> {
+    OsStringValueParser::new().try_map(|text| AdapterSource::parse(&text))
 }
 
 /// An integer from 1 to `most`: beyond that a number is a slip, and the threads, ranks or

@@ -29,7 +29,7 @@ use crate::ledger::{
     JournalWriter, Journals, OutputCounts, RemoteLink, RunDir, SyncPolicy, WorkerLink,
     estimate_cost, merge,
 };
-use crate::model::{ModelRunner, WeightDtype};
+use crate::model::{AdapterSource, ModelRunner, WeightDtype};
 use crate::slurm::OomWatch;
 use crate::stage::sources::ModelPaths;
 use crate::stage::{self, StageFallback, StageOptions, Staged};
@@ -146,6 +146,12 @@ impl Job {
             Some(path) if PATHS.contains(&flag.name.as_str()) && path != "-" => {
                 let path = std::path::absolute(path).map_err(Error::fault)?;
                 Ok(cli::flag_word(&flag.name, Some(path.as_os_str())))
+            }
+            Some(given) if flag.name == "adapter" => {
+                let source = AdapterSource::parse(given).map_err(Error::fault)?;
+                let path = std::path::absolute(&source.path).map_err(Error::fault)?;
+                let value = AdapterSource { path, ..source }.word();
+                Ok(cli::flag_word(&flag.name, Some(&value)))
             }
             _ => Ok(flag.word()),
         };

@@ -15,8 +15,8 @@ use crate::engine::{Guides, Mode, TokenDecoder};
 use crate::kernels::attention::BLOCK_SIZE;
 use crate::model::checkpoint::Contents;
 use crate::model::tokenizer::Tokenizer;
-use crate::model::{Checkpoint, LoadOptions, ModelRunner, Runner};
-use crate::prompts::{ChatTemplate, Defaults, Preparer};
+use crate::model::{Adapter, Checkpoint, LoadOptions, ModelRunner, Runner};
+use crate::prompts::{AdapterNames, ChatTemplate, Defaults, Preparer};
 use crate::slurm::memory_for_rank;
 use crate::stats::format;
 use crate::{Error, stage};
@@ -46,13 +46,15 @@ pub fn load(
     staged: &stage::Staged,
 ) -> Result<Loaded> {
     let world = &*topology.world;
-    let (checkpoint, tokenizer, template) = agree(world, open(staged, plan))?;
+    let Opened { checkpoint, tokenizer, template, adapters } =
+        agree(world, open(staged, job, plan))?;
     let num_blocks = agree(world, num_blocks(job, rank, topology, plan, &checkpoint, staged))?;
     let num_blocks = least(&*topology.tensor_parallel, num_blocks);
     let comm: Arc<dyn TensorComm> = Arc::new(HostTensorComm::new(topology.tensor_parallel.clone()));
     let options = LoadOptions { dtype: job.dtype(), max_seq_len: plan.max_seq_len, num_blocks };
     let started = Instant::now();
-    let runner = agree(world, ModelRunner::load(&checkpoint, &options, comm))?;
+    let runner = ModelRunner::load_adapted(&checkpoint, &adapters, &options, comm);
+    let runner = agree(world, runner)?;
     if world.rank() == 0 {
         tracing::info!(
             "weights loaded in {}: {} of the checkpoint read or mapped, {} of this rank's own",
@@ -60,6 +62,7 @@ pub fn load(
             format::bytes(runner.bytes_read()),
             format::bytes(runner.owned_weight_bytes()),
         );
+        adapters.iter().for_each(|a| tracing::info!("adapter {}: {}", a.name(), a.summary()));
     }
     let eos_token_ids = tokenizer.eos_token_ids().to_vec();
     let guides = Arc::new(guides(&tokenizer, runner.vocab_size(), &eos_token_ids));
@@ -70,6 +73,7 @@ pub fn load(
         defaults: Defaults {
             params: plan.params.clone(),
             chat: job.input.chat,
+            adapters: AdapterNames::new(adapters.iter().map(Adapter::name)),
             file: plan.prompts_name.clone(),
         },
         max_seq_len: plan.max_seq_len,
@@ -89,16 +93,22 @@ fn guides(tokenizer: &Arc<Tokenizer>, vocab_size: usize, eos_token_ids: &[u32]) 
     Guides::new(move || (0..vocab_size as u32).map(&word).collect(), eos_token_ids)
 }
 
-type Opened = (Checkpoint, Arc<Tokenizer>, Option<ChatTemplate>);
+struct Opened {
+    checkpoint: Checkpoint,
+    tokenizer: Arc<Tokenizer>,
+    template: Option<ChatTemplate>,
+    adapters: Vec<Adapter>,
+}
 
 /// What can be wrong before any weight is read.
-fn open(staged: &stage::Staged, plan: &RunPlan) -> Result<Opened> {
+fn open(staged: &stage::Staged, job: &Job, plan: &RunPlan) -> Result<Opened> {
     let checkpoint = Checkpoint::open(&staged.model_path)?;
     let given = staged.tokenizer_path.as_deref();
     let contents = checkpoint.contents();
     let template = chat_template(contents, given, plan.started_unix_seconds)?;
     let tokenizer = Arc::new(tokenizer(contents, given)?);
-    Ok((checkpoint, tokenizer, template))
+    let adapters = Adapter::open_all(&job.model.adapter, checkpoint.config())?;
+    Ok(Opened { checkpoint, tokenizer, template, adapters })
 }
 
 /// The tokenizer at `given`, else the model's own.

@@ -19,7 +19,7 @@ use crate::ledger::{
     self, ExistingRun, Journals, Membership, OrderedOutput, OutputCounts, OutputTarget, RunDir,
     RunFile, RunIdentity, membership,
 };
-use crate::model::{Checkpoint, ModelConfig, WeightDtype};
+use crate::model::{Adapter, Checkpoint, ModelConfig, WeightDtype, adapter};
 use crate::prompts::{
     GenerationConfig, InputIdentity, PromptFormat, PromptReader, ReadOptions, SamplingFlags,
     generation_config, guide, spool_stdin,
@@ -168,7 +168,7 @@ pub fn check(job: &Job) -> Result<Checked> {
             "column": prompts.options.prompt_column, "chat": job.input.chat,
         }),
         model: manifest.key,
-        adapter: None,
+        adapter: adapter::identity(&job.model.adapter)?,
         sampling: json!({
             "params": params, "max_seq_len": max_seq_len,
             "dtype": job.dtype().map_or("auto", WeightDtype::name),
@@ -337,11 +337,12 @@ fn is_finished(job: &Job, session: &Session) -> bool {
         && !(job.retry && errors > 0)
 }
 
-/// Reads what a load would stumble over: configuration, headers, tokenizer.
+/// Reads what a load would stumble over: configuration, headers, tokenizer, adapters.
 fn open_checkpoint(job: &Job, manifest: &Manifest) -> Result<Checkpoint> {
     let checkpoint = Checkpoint::open(&manifest.in_place.model)?;
     checkpoint.config().check_tensor_parallel(job.parallelism.tensor_parallel)?;
     load::tokenizer(checkpoint.contents(), manifest.in_place.tokenizer.as_deref())?;
+    Adapter::open_all(&job.model.adapter, checkpoint.config())?;
     Ok(checkpoint)
 }
 

@@ -72,6 +72,7 @@ impl Records {
             record_index: raw.index,
             completion,
             prompt_token_ids: prepared.prompt_token_ids.clone(),
+            adapter: prepared.request.adapter.as_ref().map(|adapter| adapter.number),
             generated: generated.next().unwrap_or_default(),
             params: prepared.request.params.clone(),
             mode: self.mode,

@@ -63,6 +63,8 @@ pub struct EngineRequest {
     pub completion: u32,
     /// The prompt.
     pub prompt_token_ids: Vec<u32>,
+    /// The number of the adapter that answers; `None` is the model alone.
+    pub adapter: Option<u32>,
     /// What an earlier engine generated after it ([`super::Engine::take_unfinished`]).
     /// What cannot come from this prompt, model and `params` is dropped, and
     /// generated anew.

@@ -140,6 +140,7 @@ mod tests {
                     record_index: i,
                     completion: 0,
                     prompt_token_ids: vec![1],
+                    adapter: None,
                     generated: Generated::default(),
                     params,
                     mode: Mode::Generate,

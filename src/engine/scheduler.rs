@@ -78,6 +78,7 @@ impl StepPlan {
             block_table,
             logits: chunk.logits,
             prompt_len: sequence.prompt_len(),
+            adapter: sequence.adapter(),
         });
         self.entries.push(PlanEntry { running, chunk, is_decode });
     }

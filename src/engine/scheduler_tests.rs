@@ -12,6 +12,7 @@ fn sequence(key: u64, prompt: usize, max_new_tokens: usize, mode: Mode) -> Seque
         record_index: key,
         completion: 0,
         prompt_token_ids: vec![key as u32; prompt],
+        adapter: None,
         generated: Generated::default(),
         params: SamplingParams { max_new_tokens, ..Default::default() },
         mode,

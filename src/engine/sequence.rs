@@ -25,6 +25,7 @@ pub struct Sequence {
     completion: u32,
     params: SamplingParams,
     mode: Mode,
+    adapter: Option<u32>,
     /// Prompt, then output.
     token_ids: Vec<u32>,
     num_prompt_tokens: usize,
@@ -73,7 +74,7 @@ impl Sequence {
         decoder: &dyn TokenDecoder,
     ) -> Self {
         let EngineRequest { key, record_index, completion, prompt_token_ids, .. } = request;
-        let EngineRequest { params, mode, generated, .. } = request;
+        let EngineRequest { params, mode, adapter, generated, .. } = request;
         let num_prompt_tokens = prompt_token_ids.len();
         let max_len = match mode {
             Mode::Generate => {
@@ -86,6 +87,7 @@ impl Sequence {
             record_index,
             completion,
             mode,
+            adapter,
             num_prompt_tokens,
             num_earlier_tokens: 0,
             max_len,
@@ -175,6 +177,11 @@ impl Sequence {
     /// Prompt and output tokens.
     pub fn token_ids(&self) -> &[u32] {
         &self.token_ids
+    }
+
+    /// The number of the adapter that answers it.
+    pub fn adapter(&self) -> Option<u32> {
+        self.adapter
     }
 
     /// Number of tokens of the prompt alone.

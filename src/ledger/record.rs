@@ -2,7 +2,7 @@
 //!
 //! Farm's own form, fields in this order:
 //! `{"id","index","prompt","text","finish_reason","usage","error"?,"token_ids"?,
-//! "logprobs"?,"completions"?,"score"?,"metadata"?}`.
+//! "logprobs"?,"completions"?,"score"?,"adapter"?,"metadata"?}`.
 //! `prompt` is always a string: what the model was given (messages as rendered).
 //! With `n` above 1, `text` and its neighbours are the first completion's, so that
 //! every line has the same columns, and `completions` lists all of them; `usage`
@@ -179,6 +179,8 @@ struct Line<'a> {
     completions: Option<Vec<Choice<'a>>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     score: Option<&'a Score>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    adapter: Option<&'a str>,
 }
 
 impl<'a> Line<'a> {
@@ -189,6 +191,7 @@ impl<'a> Line<'a> {
             prompt: Some(&prepared.prompt_text),
             finish_reason: "stop",
             usage: Usage::of(prepared, &[]),
+            adapter: prepared.request.adapter.as_ref().map(|adapter| &*adapter.name),
             ..Self::default()
         }
     }

@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use super::config::{AttentionSplit, ModelConfig, Positions};
 use super::kv_cache::LayerCache;
 use super::layers::{ColumnParallelLinear, Loader, Norm, RowParallelLinear};
-use super::names::{Place, at};
+use super::names::{Names, Place, at};
 use super::ops;
 use super::step::Step;
 use super::weights::Weight;
@@ -61,14 +61,18 @@ impl Attention {
         };
         let kv = first_kv..first_kv + heads.kv_heads;
         let shape = [num_heads, num_kv_heads, d];
-        let [q_proj, k_proj, v_proj] = names
-            .qkv
-            .places(layer, shape, q.clone(), kv)
-            .map(|place| ColumnParallelLinear::load(l, &place, hidden, config.attention_bias));
+        let [q_proj, k_proj, v_proj] = [0, 1, 2].map(|part| {
+            let place = |names: &Names| {
+                let [q, k, v] = names.qkv.places(layer, shape, q.clone(), kv.clone());
+                [q, k, v].into_iter().nth(part).unwrap_or_else(|| unreachable!("one of three"))
+            };
+            let rotated = (part < 2).then_some(d);
+            ColumnParallelLinear::load(l, &place, hidden, config.attention_bias, rotated)
+        });
         let norm = |name: &str| Norm::load(l, config, &at(name, layer), d);
         let qk_norms =
             || Ok::<_, crate::Error>([norm(names.qk_norms[0])?, norm(names.qk_norms[1])?]);
-        let out = Place::new(at(names.o_proj, layer), hidden, 0..hidden);
+        let out = |names: &Names| Place::new(at(names.o_proj, layer), hidden, 0..hidden);
         let (width, bias) = (num_heads * d, config.output_bias);
         Ok(Self {
             heads,
@@ -88,9 +92,9 @@ impl Attention {
                     q.start * d..q.end * d,
                     bias,
                 )?),
-                false => {
-                    OutputProjection::Replicated(ColumnParallelLinear::load(l, &out, width, bias)?)
-                }
+                false => OutputProjection::Replicated(ColumnParallelLinear::load(
+                    l, &out, width, bias, None,
+                )?),
             },
         })
     }
@@ -101,9 +105,9 @@ impl Attention {
     /// A tensor fault.
     pub fn forward(&self, x: &Tensor, step: &Step, cache: &mut LayerCache) -> Result<Vec<f32>> {
         let h = self.heads;
-        let mut q = self.q_proj.forward(x)?;
-        let mut k = self.k_proj.forward(x)?;
-        let v = self.v_proj.forward(x)?;
+        let mut q = self.q_proj.forward(x, &step.adapters)?;
+        let mut k = self.k_proj.forward(x, &step.adapters)?;
+        let v = self.v_proj.forward(x, &step.adapters)?;
         if let Some([q_norm, k_norm]) = &self.qk_norms {
             (q, k) = (q_norm.rows(&q), k_norm.rows(&k));
         }
@@ -118,8 +122,8 @@ impl Attention {
         kernel::paged_attention(h, rule, &q, &cache.keys, &cache.values, &step.rows, &mut out);
         let out = ops::from_values(out, h.heads * h.head_dim)?;
         match &self.o_proj {
-            OutputProjection::Split(o_proj) => o_proj.forward(&out),
-            OutputProjection::Replicated(o_proj) => o_proj.forward(&out),
+            OutputProjection::Split(o_proj) => o_proj.forward(&out, &step.adapters),
+            OutputProjection::Replicated(o_proj) => o_proj.forward(&out, &step.adapters),
         }
     }
 

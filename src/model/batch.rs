@@ -30,6 +30,9 @@ pub struct BatchSequence {
     /// Tokens of the record's prompt (without generated ones), which dynamic RoPE
     /// scaling depends on.
     pub prompt_len: usize,
+    /// The number of the adapter that answers it; `None` is the model alone.
+    #[serde(default)]
+    pub adapter: Option<u32>,
 }
 
 /// One step: the rows of all sequences, concatenated in order.

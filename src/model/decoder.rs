@@ -54,6 +54,7 @@ impl Decoder {
         let names = config.names;
         let shape = [config.vocab_size, config.hidden_size];
         let embed_tokens = VocabParallel::load(l, names.embed_tokens, shape)?;
+        let embed_tokens = embed_tokens.with_embedding_adapters(l)?;
         // Some tied checkpoints carry the output projection all the same.
         let has_head = l.source.tensors().contains(&format!("{}.weight", names.lm_head));
         let lm_head = if config.tie_word_embeddings && !has_head {
@@ -61,6 +62,7 @@ impl Decoder {
         } else {
             VocabParallel::load(l, names.lm_head, shape)?
         };
+        let lm_head = lm_head.with_logits_adapters(l)?;
         let layers = (0..config.num_hidden_layers)
             .map(|i| DecoderLayer::load(l, config, i))
             .collect::<Result<_>>()?;
@@ -98,8 +100,9 @@ impl Decoder {
     /// # Errors
     /// A tensor fault.
     pub fn forward(&self, batch: &StepBatch, cache: &mut KvCache) -> Result<Vec<f32>> {
-        let mut x = self.embed_tokens.embed(&batch.token_ids, self.embedding_scale)?;
         let step = Step::new(batch, &self.rotations);
+        let mut x =
+            self.embed_tokens.embed(&batch.token_ids, self.embedding_scale, &step.adapters)?;
         for (i, layer) in self.layers.iter().enumerate() {
             x = layer.forward(&x, &step, cache.layer(i))?;
         }
@@ -108,7 +111,7 @@ impl Decoder {
             return Ok(Vec::new());
         }
         let x = self.norm.forward(&ops::select_rows(&x, &wanted)?)?;
-        let mut logits = self.lm_head.logits(&x)?;
+        let mut logits = self.lm_head.logits(&x, &step.adapters.among(&wanted))?;
         if let Some(cap) = self.final_logit_softcapping {
             kernel::softcap(&mut logits, cap);
         }
@@ -156,7 +159,7 @@ impl DecoderLayer {
                 Some(norm) => norm.forward(x)?,
                 None => normed,
             };
-            let mut out = self.mlp.forward(&normed)?;
+            let mut out = self.mlp.forward(&normed, &step.adapters)?;
             kernel::add_assign(&mut out, &attended);
             return ops::residual(x, out);
         }
@@ -165,7 +168,8 @@ impl DecoderLayer {
             Some(norm) => norm.forward(&x)?,
             None => x.clone(),
         };
-        ops::residual(&x, post_normed(&self.post_mlp_norm, self.mlp.forward(&normed)?)?)
+        let out = self.mlp.forward(&normed, &step.adapters)?;
+        ops::residual(&x, post_normed(&self.post_mlp_norm, out)?)
     }
 
     fn weights(&self) -> impl Iterator<Item = &Weight> {

@@ -12,9 +12,10 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
+use super::adapter::{Adapter, Deltas, EmbeddingDeltas, Layer, RowAdapters};
 use super::checkpoint::Checkpoint;
 use super::config::{ModelConfig, NormKind};
-use super::names::Place;
+use super::names::{Names, Place};
 use super::ops;
 use super::weights::{Weight, WeightDtype};
 use crate::Result;
@@ -30,9 +31,16 @@ pub struct Loader<'a> {
     pub comm: Arc<dyn TensorComm>,
     /// What matrices become; `None` keeps the checkpoint's own.
     pub dtype: Option<WeightDtype>,
+    /// The run's adapters, by number.
+    pub adapters: &'a [Adapter],
 }
 
 impl Loader<'_> {
+    /// Where `place` is in the checkpoint.
+    pub fn base(&self, place: &dyn Fn(&Names) -> Place) -> Place {
+        place(&self.source.config().names)
+    }
+
     /// This rank's even share of `n` (the first ranks take one more where it does not divide).
     pub fn share(&self, n: usize) -> Range<usize> {
         share(n, self.comm.rank(), self.comm.size())
@@ -130,25 +138,50 @@ impl Norm {
 pub struct ColumnParallelLinear {
     weight: Weight,
     bias: Option<Vec<f32>>,
+    deltas: Deltas,
 }
 
 impl ColumnParallelLinear {
-    /// Loads the output features at `place` of a layer of `width` input features, and of
-    /// its bias where it has one.
+    /// Loads the output features at `place` (in a checkpoint or an adapter of such names) of a
+    /// layer of `width` input features, and of its bias where it has one. `head_dim` is given
+    /// for queries and keys.
     ///
     /// # Errors
     /// See [`TensorTable::matrix`](super::checkpoint::TensorTable::matrix).
-    pub fn load(l: &Loader, place: &Place, width: usize, bias: bool) -> Result<Self> {
-        let bias = bias.then(|| l.bias(place)).transpose()?;
-        Ok(Self { weight: l.matrix(place, width, 0..width)?, bias })
+    pub fn load(
+        l: &Loader,
+        place: &dyn Fn(&Names) -> Place,
+        width: usize,
+        bias: bool,
+        head_dim: Option<usize>,
+    ) -> Result<Self> {
+        let base = l.base(place);
+        let weight = l.matrix(&base, width, 0..width)?;
+        let bias = bias.then(|| l.bias(&base)).transpose()?;
+        let layer = Layer { place, width, cols: 0..width, head_dim };
+        let deltas = Deltas::load(l, &layer, &base, &weight)?;
+        Ok(Self { weight, bias, deltas })
+    }
+
+    /// A layer without bias of the weights `weight`, which are those at `place`.
+    ///
+    /// # Errors
+    /// See [`Deltas::load`].
+    pub fn of_weight(l: &Loader, place: &dyn Fn(&Names) -> Place, weight: Weight) -> Result<Self> {
+        let width = weight.cols();
+        let layer = Layer { place, width, cols: 0..width, head_dim: None };
+        let deltas = Deltas::load(l, &layer, &l.base(place), &weight)?;
+        Ok(Self { weight, bias: None, deltas })
     }
 
     /// `[m, in]` → this rank's features of each row, row-major.
     ///
     /// # Errors
     /// A tensor fault.
-    pub fn forward(&self, x: &Tensor) -> Result<Vec<f32>> {
-        ops::linear(x, &self.weight, self.bias.as_deref())
+    pub fn forward(&self, x: &Tensor, adapters: &RowAdapters) -> Result<Vec<f32>> {
+        let mut out = ops::linear(x, &self.weight, self.bias.as_deref())?;
+        self.deltas.apply(x, self.bias.as_deref(), adapters, &mut out)?;
+        Ok(out)
     }
 
     /// The weight matrix.
@@ -157,11 +190,19 @@ impl ColumnParallelLinear {
     }
 }
 
+impl From<Weight> for ColumnParallelLinear {
+    /// Without bias and adapters.
+    fn from(weight: Weight) -> Self {
+        Self { weight, bias: None, deltas: Deltas::default() }
+    }
+}
+
 /// A linear layer of which this rank has some of the input features; the ranks'
 /// products are summed.
 pub struct RowParallelLinear {
     weight: Weight,
     bias: Option<Vec<f32>>,
+    deltas: Deltas,
     comm: Arc<dyn TensorComm>,
 }
 
@@ -173,23 +214,27 @@ impl RowParallelLinear {
     /// See [`TensorTable::matrix`](super::checkpoint::TensorTable::matrix).
     pub fn load(
         l: &Loader,
-        place: &Place,
+        place: &dyn Fn(&Names) -> Place,
         width: usize,
         cols: Range<usize>,
         bias: bool,
     ) -> Result<Self> {
-        let weight = l.matrix(place, width, cols)?;
+        let base = l.base(place);
+        let weight = l.matrix(&base, width, cols.clone())?;
         // Only one rank adds the bias, before the sum.
-        let bias = (bias && l.comm.rank() == 0).then(|| l.bias(place)).transpose()?;
-        Ok(Self { weight, bias, comm: l.comm.clone() })
+        let bias = (bias && l.comm.rank() == 0).then(|| l.bias(&base)).transpose()?;
+        let layer = Layer { place, width, cols, head_dim: None };
+        let deltas = Deltas::load(l, &layer, &base, &weight)?;
+        Ok(Self { weight, bias, deltas, comm: l.comm.clone() })
     }
 
     /// This rank's input features `[m, in_r]` → all output features, on every rank.
     ///
     /// # Errors
     /// A tensor fault.
-    pub fn forward(&self, x: &Tensor) -> Result<Vec<f32>> {
+    pub fn forward(&self, x: &Tensor, adapters: &RowAdapters) -> Result<Vec<f32>> {
         let mut out = ops::linear(x, &self.weight, self.bias.as_deref())?;
+        self.deltas.apply(x, self.bias.as_deref(), adapters, &mut out)?;
         self.comm.all_reduce_sum(&mut out);
         Ok(out)
     }
@@ -206,6 +251,8 @@ pub struct VocabParallel {
     weight: Arc<Weight>,
     ids: Range<usize>,
     vocab_size: usize,
+    of_embedding: EmbeddingDeltas,
+    of_logits: Deltas,
     comm: Arc<dyn TensorComm>,
 }
 
@@ -224,7 +271,37 @@ impl VocabParallel {
         };
         let dtype = dtype.and_then(|d| for_width(d, shape[1]));
         let weight = l.source.tensors().matrix(&place, shape[1], 0..shape[1], dtype)?;
-        Ok(Self { weight: Arc::new(weight), ids, vocab_size: shape[0], comm: l.comm.clone() })
+        Ok(Self {
+            weight: Arc::new(weight),
+            ids,
+            vocab_size: shape[0],
+            of_embedding: EmbeddingDeltas::default(),
+            of_logits: Deltas::default(),
+            comm: l.comm.clone(),
+        })
+    }
+
+    /// With what adapters change at the embedding.
+    ///
+    /// # Errors
+    /// See [`EmbeddingDeltas::load`].
+    pub fn with_embedding_adapters(mut self, l: &Loader) -> Result<Self> {
+        let shape = [self.vocab_size, self.weight.cols()];
+        self.of_embedding = EmbeddingDeltas::load(l, shape, self.ids.clone())?;
+        Ok(self)
+    }
+
+    /// With what adapters change at the output projection.
+    ///
+    /// # Errors
+    /// See [`Deltas::load`].
+    pub fn with_logits_adapters(mut self, l: &Loader) -> Result<Self> {
+        let (rows, width) = (self.vocab_size, self.weight.cols());
+        let place = |names: &Names| Place::new(names.lm_head.into(), rows, self.ids.clone());
+        let layer = Layer { place: &place, width, cols: 0..width, head_dim: None };
+        // All columns are here: nothing is read at the model's own place.
+        self.of_logits = Deltas::load(l, &layer, &l.base(&place), &self.weight)?;
+        Ok(self)
     }
 
     /// The same matrix again: an output projection tied to the embedding.
@@ -233,6 +310,8 @@ impl VocabParallel {
             weight: self.weight.clone(),
             ids: self.ids.clone(),
             vocab_size: self.vocab_size,
+            of_embedding: EmbeddingDeltas::default(),
+            of_logits: Deltas::default(),
             comm: self.comm.clone(),
         }
     }
@@ -246,7 +325,12 @@ impl VocabParallel {
     ///
     /// # Errors
     /// A tensor fault.
-    pub fn embed(&self, token_ids: &[u32], scale: Option<f32>) -> Result<Tensor> {
+    pub fn embed(
+        &self,
+        token_ids: &[u32],
+        scale: Option<f32>,
+        adapters: &RowAdapters,
+    ) -> Result<Tensor> {
         let width = self.weight.cols();
         let mut out = vec![0.0; token_ids.len() * width];
         for (id, out) in token_ids.iter().zip(out.chunks_exact_mut(width)) {
@@ -255,6 +339,7 @@ impl VocabParallel {
                 self.weight.read_row(id - self.ids.start, out);
             }
         }
+        self.of_embedding.apply(token_ids, &self.ids, adapters, &mut out)?;
         self.comm.all_reduce_sum(&mut out);
         if let Some(scale) = scale {
             out.iter_mut().for_each(|x| *x *= scale);
@@ -266,8 +351,9 @@ impl VocabParallel {
     ///
     /// # Errors
     /// A tensor fault.
-    pub fn logits(&self, x: &Tensor) -> Result<Vec<f32>> {
-        let local = ops::linear(x, &self.weight, None)?;
+    pub fn logits(&self, x: &Tensor, adapters: &RowAdapters) -> Result<Vec<f32>> {
+        let mut local = ops::linear(x, &self.weight, None)?;
+        self.of_logits.apply(x, None, adapters, &mut local)?;
         let size = self.comm.size();
         if size == 1 {
             return Ok(local);

@@ -2,10 +2,11 @@
 
 use candle_core::Tensor;
 
+use super::adapter::RowAdapters;
 use super::config::{ExpertsConfig, ModelConfig};
 use super::layers::{ColumnParallelLinear, Loader, RowParallelLinear};
 use super::moe::{ExpertWeights, Experts};
-use super::names::{ExpertNames, GateUp, Place, at, at_expert};
+use super::names::{ExpertNames, GateUp, Names, Place, at, at_expert};
 use super::ops;
 use super::weights::Weight;
 use crate::Result;
@@ -45,10 +46,10 @@ impl FeedForward {
     ///
     /// # Errors
     /// A tensor fault.
-    pub fn forward(&self, x: &Tensor) -> Result<Vec<f32>> {
+    pub fn forward(&self, x: &Tensor, adapters: &RowAdapters) -> Result<Vec<f32>> {
         match self {
-            Self::Dense(mlp) => mlp.forward(x),
-            Self::Experts(experts) => experts.forward(x),
+            Self::Dense(mlp) => mlp.forward(x, adapters),
+            Self::Experts(experts) => experts.forward(x, adapters),
         }
     }
 
@@ -70,34 +71,37 @@ impl Mlp {
     fn load(l: &Loader, config: &ModelConfig, layer: usize) -> Result<Self> {
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let share = l.share(inner);
-        let column = |name: &str, stored_rows: usize, first: usize| {
-            let rows = first + share.start..first + share.end;
-            let place = Place::new(at(name, layer), stored_rows, rows);
-            ColumnParallelLinear::load(l, &place, hidden, config.mlp_bias)
+        let column = |is_gate: bool| {
+            let place = |names: &Names| {
+                let (name, parts, part) = match names.gate_up {
+                    GateUp::Split([gate, up]) => (if is_gate { gate } else { up }, 1, 0),
+                    GateUp::Concatenated(both) => (both, 2, usize::from(!is_gate)),
+                    GateUp::Up(up) => (up, 1, 0),
+                };
+                let rows = part * inner + share.start..part * inner + share.end;
+                Place::new(at(name, layer), parts * inner, rows)
+            };
+            ColumnParallelLinear::load(l, &place, hidden, config.mlp_bias, None)
         };
-        let (gate_proj, up_proj) = match config.names.gate_up {
-            GateUp::Split([gate, up]) => (Some(column(gate, inner, 0)?), column(up, inner, 0)?),
-            GateUp::Concatenated(both) => {
-                (Some(column(both, 2 * inner, 0)?), column(both, 2 * inner, inner)?)
-            }
-            GateUp::Up(up) => (None, column(up, inner, 0)?),
-        };
-        let down = Place::new(at(config.names.down_proj, layer), hidden, 0..hidden);
+        let has_gate = !matches!(config.names.gate_up, GateUp::Up(_));
+        let gate_proj = has_gate.then(|| column(true)).transpose()?;
+        let up_proj = column(false)?;
+        let down = |names: &Names| Place::new(at(names.down_proj, layer), hidden, 0..hidden);
         let down_proj = RowParallelLinear::load(l, &down, inner, share.clone(), config.mlp_bias)?;
         Ok(Self { activation: config.activation, gate_proj, up_proj, down_proj })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Vec<f32>> {
-        let mut up = self.up_proj.forward(x)?;
+    fn forward(&self, x: &Tensor, adapters: &RowAdapters) -> Result<Vec<f32>> {
+        let mut up = self.up_proj.forward(x, adapters)?;
         let cols = self.up_proj.weight().rows();
         let inner = match &self.gate_proj {
-            Some(gate) => ops::gated(self.activation, &gate.forward(x)?, &up, cols)?,
+            Some(gate) => ops::gated(self.activation, &gate.forward(x, adapters)?, &up, cols)?,
             None => {
                 crate::kernels::ops::activate(self.activation, &mut up);
                 ops::from_values(up, cols)?
             }
         };
-        self.down_proj.forward(&inner)
+        self.down_proj.forward(&inner, adapters)
     }
 }
 
@@ -110,13 +114,13 @@ fn load_experts(
 ) -> Result<Experts> {
     let (hidden, inner) = (config.hidden_size, experts.moe_intermediate_size);
     let n = experts.num_experts;
-    let names = config.names;
-    let router = Place::new(at(names.router, layer), n, 0..n);
+    let router_place = |names: &Names| Place::new(at(names.router, layer), n, 0..n);
     // Its scores choose: it keeps the precision that it has.
-    let router = l.source.tensors().matrix(&router, hidden, 0..hidden, None)?;
+    let router = l.source.tensors().matrix(&l.base(&router_place), hidden, 0..hidden, None)?;
+    let router = ColumnParallelLinear::of_weight(l, &router_place, router)?;
     let whole = |part: usize, expert: usize| {
         let (rows, width) = if part == 2 { (hidden, inner) } else { (inner, hidden) };
-        let place = match names.experts {
+        let place = |names: &Names| match names.experts {
             ExpertNames::Each(parts) => {
                 Place::new(at_expert(parts[part], layer, expert), rows, 0..rows)
             }
@@ -125,7 +129,7 @@ fn load_experts(
                 Place::new(at(parts[part], layer), n * rows, first..first + rows)
             }
         };
-        l.matrix(&place, width, 0..width)
+        ColumnParallelLinear::load(l, &place, width, false, None)
     };
     let mine = l.share(n);
     let weights = mine

@@ -1,5 +1,6 @@
 //! Models: configuration, weights, layers, families, and the step they compute.
 
+pub mod adapter;
 pub mod attention;
 pub mod batch;
 pub mod checkpoint;
@@ -18,6 +19,7 @@ pub mod step;
 pub mod tokenizer;
 pub mod weights;
 
+pub use adapter::{Adapter, AdapterSource};
 pub use batch::{BatchSequence, LogitsWanted, StepBatch};
 pub use checkpoint::Checkpoint;
 pub use config::ModelConfig;

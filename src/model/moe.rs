@@ -18,7 +18,9 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
+use super::adapter::RowAdapters;
 use super::config::ExpertsConfig;
+use super::layers::ColumnParallelLinear;
 use super::ops;
 use super::weights::Weight;
 use crate::Result;
@@ -28,16 +30,16 @@ use crate::kernels::ops::{self as kernel, Activation};
 /// One expert.
 pub struct ExpertWeights {
     /// `[moe_intermediate_size, hidden]`.
-    pub gate: Weight,
+    pub gate: ColumnParallelLinear,
     /// `[moe_intermediate_size, hidden]`.
-    pub up: Weight,
+    pub up: ColumnParallelLinear,
     /// `[hidden, moe_intermediate_size]`.
-    pub down: Weight,
+    pub down: ColumnParallelLinear,
 }
 
 /// A layer's router, and the experts of this rank.
 pub struct Experts {
-    router: Weight,
+    router: ColumnParallelLinear,
     /// Experts of this rank, by number; `weights` holds them in that order.
     mine: Range<usize>,
     weights: Vec<ExpertWeights>,
@@ -53,14 +55,14 @@ impl Experts {
     /// # Panics
     /// If they do not fit the configuration (a bug, not bad input).
     pub fn new(
-        router: Weight,
+        router: ColumnParallelLinear,
         mine: Range<usize>,
         weights: Vec<ExpertWeights>,
         config: &ExpertsConfig,
         activation: Activation,
         comm: Arc<dyn TensorComm>,
     ) -> Self {
-        assert_eq!(router.rows(), config.num_experts);
+        assert_eq!(router.weight().rows(), config.num_experts);
         assert!(mine.end <= config.num_experts && mine.len() == weights.len());
         assert!((1..=config.num_experts).contains(&config.num_experts_per_tok));
         Self {
@@ -78,16 +80,16 @@ impl Experts {
     ///
     /// # Errors
     /// A tensor fault.
-    pub fn forward(&self, x: &Tensor) -> Result<Vec<f32>> {
+    pub fn forward(&self, x: &Tensor, adapters: &RowAdapters) -> Result<Vec<f32>> {
         let (m, hidden) = x.dims2()?;
         let mut out = vec![0.0; m * hidden];
         // In the experts' order, so that a row's sum does not depend on the other rows.
-        for (expert, chosen) in self.weights.iter().zip(self.route(x)?) {
+        for (expert, chosen) in self.weights.iter().zip(self.route(x, adapters)?) {
             if chosen.is_empty() {
                 continue;
             }
             let rows: Vec<usize> = chosen.iter().map(|(row, _)| *row).collect();
-            let y = self.pass(expert, &ops::select_rows(x, &rows)?)?;
+            let y = self.pass(expert, &ops::select_rows(x, &rows)?, &adapters.among(&rows))?;
             for ((row, weight), y) in chosen.into_iter().zip(y.chunks_exact(hidden)) {
                 let out = &mut out[row * hidden..][..hidden];
                 out.iter_mut().zip(y).for_each(|(out, y)| *out += weight * y);
@@ -100,13 +102,13 @@ impl Experts {
     /// The matrices of this rank, the router among them.
     pub fn weights(&self) -> impl Iterator<Item = &Weight> {
         let experts = self.weights.iter().flat_map(|w| [&w.gate, &w.up, &w.down]);
-        std::iter::once(&self.router).chain(experts)
+        std::iter::once(&self.router).chain(experts).map(ColumnParallelLinear::weight)
     }
 
     /// For each expert of this rank the rows of `x` that chose it, and its weight there.
-    fn route(&self, x: &Tensor) -> Result<Vec<Vec<(usize, f32)>>> {
-        let mut scores = ops::linear(x, &self.router, None)?;
-        let num_experts = self.router.rows();
+    fn route(&self, x: &Tensor, adapters: &RowAdapters) -> Result<Vec<Vec<(usize, f32)>>> {
+        let mut scores = self.router.forward(x, adapters)?;
+        let num_experts = self.router.weight().rows();
         kernel::softmax(&mut scores, num_experts);
         let mut chosen = vec![Vec::new(); self.mine.len()];
         for (row, scores) in scores.chunks_exact(num_experts).enumerate() {
@@ -122,11 +124,11 @@ impl Experts {
         Ok(chosen)
     }
 
-    fn pass(&self, expert: &ExpertWeights, x: &Tensor) -> Result<Vec<f32>> {
-        let gate = ops::linear(x, &expert.gate, None)?;
-        let up = ops::linear(x, &expert.up, None)?;
-        let inner = ops::gated(self.activation, &gate, &up, expert.up.rows())?;
-        ops::linear(&inner, &expert.down, None)
+    fn pass(&self, expert: &ExpertWeights, x: &Tensor, adapters: &RowAdapters) -> Result<Vec<f32>> {
+        let gate = expert.gate.forward(x, adapters)?;
+        let up = expert.up.forward(x, adapters)?;
+        let inner = ops::gated(self.activation, &gate, &up, expert.up.weight().rows())?;
+        expert.down.forward(&inner, adapters)
     }
 }
 
@@ -169,12 +171,19 @@ mod tests {
             dense_layers: Default::default(),
         };
         let weights = mine.clone().map(|e| ExpertWeights {
-            gate: Weight::from_f32(INNER, HIDDEN, values(0, e)),
-            up: Weight::from_f32(INNER, HIDDEN, values(1, e)),
-            down: Weight::from_f32(HIDDEN, INNER, values(2, e)),
+            gate: Weight::from_f32(INNER, HIDDEN, values(0, e)).into(),
+            up: Weight::from_f32(INNER, HIDDEN, values(1, e)).into(),
+            down: Weight::from_f32(HIDDEN, INNER, values(2, e)).into(),
         });
         let router = Weight::from_f32(EXPERTS, HIDDEN, values(3, 0));
-        Experts::new(router, mine.clone(), weights.collect(), &config, Activation::Silu, comm)
+        Experts::new(
+            router.into(),
+            mine.clone(),
+            weights.collect(),
+            &config,
+            Activation::Silu,
+            comm,
+        )
     }
 
     fn whole(per_token: usize, norm_topk_prob: bool) -> Experts {
@@ -182,7 +191,8 @@ mod tests {
     }
 
     fn forward(experts: &Experts, x: &[f32]) -> Vec<f32> {
-        experts.forward(&ops::from_values(x.to_vec(), HIDDEN).unwrap()).unwrap()
+        let x = ops::from_values(x.to_vec(), HIDDEN).unwrap();
+        experts.forward(&x, &RowAdapters::default()).unwrap()
     }
 
     fn times(w: &[f32], x: &[f64]) -> Vec<f64> {

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::adapter::Adapter;
 use super::batch::StepBatch;
 use super::checkpoint::Checkpoint;
 use super::config::ModelConfig;
@@ -49,7 +50,21 @@ impl ModelRunner {
         options: &LoadOptions,
         comm: Arc<dyn TensorComm>,
     ) -> Result<Self> {
-        let loader = Loader { source: checkpoint, comm: comm.clone(), dtype: options.dtype };
+        Self::load_adapted(checkpoint, &[], options, comm)
+    }
+
+    /// The same with adapters, which sequences name by their place in `adapters`.
+    ///
+    /// # Errors
+    /// See [`ModelRunner::load`].
+    pub fn load_adapted(
+        checkpoint: &Checkpoint,
+        adapters: &[Adapter],
+        options: &LoadOptions,
+        comm: Arc<dyn TensorComm>,
+    ) -> Result<Self> {
+        let (source, dtype) = (checkpoint, options.dtype);
+        let loader = Loader { source, comm: comm.clone(), dtype, adapters };
         let model = Decoder::load(&loader)?;
         let config = checkpoint.config().clone();
         let cache = KvCache::new(model.heads(), config.num_hidden_layers, options.num_blocks);

@@ -1,5 +1,6 @@
 //! What all layers of a step share: the sequences' rows, and each row's rotations.
 
+use super::adapter::RowAdapters;
 use super::batch::StepBatch;
 use super::config::{ModelConfig, Positions};
 use super::rope::RotaryEmbedding;
@@ -27,6 +28,8 @@ impl Rotations {
 pub struct Step<'a> {
     /// The sequences.
     pub rows: Vec<Rows<'a>>,
+    /// The rows' adapters.
+    pub adapters: RowAdapters,
     global: Option<Table<'a>>,
     local: Option<Table<'a>>,
 }
@@ -54,7 +57,8 @@ impl<'a> Step<'a> {
         }
         let table =
             |rope: &'a Option<RotaryEmbedding>| rope.as_ref().map(|rope| Table::new(batch, rope));
-        Self { rows, global: table(&rotations.global), local: table(&rotations.local) }
+        let adapters = RowAdapters::new(batch);
+        Self { rows, adapters, global: table(&rotations.global), local: table(&rotations.local) }
     }
 
     /// Rotates the heads of each row of `x`, `row_width` values wide.

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 
 use super::lines::{Line, Lines, without_terminator};
 use super::{ErrorCode, Problem};
-use super::{guide, overrides};
+use super::{adapter, guide, overrides};
 use crate::{Error, Result};
 
 /// A row, or what is wrong with it, and the line where it starts.
@@ -138,7 +138,9 @@ impl<R: BufRead> CsvRows<R> {
         for (i, (column, cell)) in self.columns.iter().zip(cells).enumerate() {
             if i == self.prompt_column {
                 object.insert("prompt".to_string(), Value::String(cell));
-            } else if column == "id" || overrides::is_override(column) {
+            } else if ["id", adapter::FIELD].contains(&column.as_str())
+                || overrides::is_override(column)
+            {
                 if !cell.trim().is_empty() {
                     object.insert(column.clone(), typed(column, cell));
                 }
@@ -153,7 +155,7 @@ impl<R: BufRead> CsvRows<R> {
 /// A cell of an override column as JSON; text if it is neither number nor boolean,
 /// which the record's check then refuses where a number is due.
 fn typed(column: &str, cell: String) -> Value {
-    if matches!(column, "id" | "stop" | "regex") {
+    if matches!(column, "id" | "stop" | "regex" | adapter::FIELD) {
         return Value::String(cell);
     }
     if guide::FIELDS.contains(&column) {

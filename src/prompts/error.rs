@@ -45,13 +45,15 @@ pub enum ErrorCode {
     PromptTooLong,
     /// A token id that the model does not have.
     TokenOutOfVocabulary,
+    /// An adapter that the run has not loaded.
+    UnknownAdapter,
     /// The engine could not generate this record.
     GenerationFailed,
 }
 
 impl ErrorCode {
     /// All codes, in the order of the documentation.
-    pub const ALL: [ErrorCode; 19] = [
+    pub const ALL: [ErrorCode; 20] = [
         Self::LineTooLong,
         Self::BadCsv,
         Self::NotUtf8,
@@ -70,6 +72,7 @@ impl ErrorCode {
         Self::EmptyPrompt,
         Self::PromptTooLong,
         Self::TokenOutOfVocabulary,
+        Self::UnknownAdapter,
         Self::GenerationFailed,
     ];
 
@@ -94,6 +97,7 @@ impl ErrorCode {
             Self::EmptyPrompt => "empty_prompt",
             Self::PromptTooLong => "prompt_too_long",
             Self::TokenOutOfVocabulary => "token_out_of_vocabulary",
+            Self::UnknownAdapter => "unknown_adapter",
             Self::GenerationFailed => "generation_failed",
         }
     }

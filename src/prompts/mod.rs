@@ -6,6 +6,7 @@
 //! tokenizes. A bad record becomes a [`RecordError`] and harms no other.
 //! Left out: what is written ([`crate::ledger::record`]).
 
+pub mod adapter;
 pub mod chat_template;
 mod csv_rows;
 pub mod error;
@@ -22,6 +23,7 @@ pub mod reader;
 pub mod request;
 mod strftime;
 
+pub use adapter::{AdapterNames, ChosenAdapter};
 pub use chat_template::ChatTemplate;
 pub use error::{ErrorCode, Problem, RecordError};
 pub use generation_config::{GenerationConfig, SamplingFlags};
@@ -87,6 +89,8 @@ pub struct Request {
     pub prompt: Prompt,
     /// Resolved sampling parameters.
     pub params: SamplingParams,
+    /// The adapter that answers; `None` is the model alone.
+    pub adapter: Option<ChosenAdapter>,
     /// Fields that travel untouched to the output: a JSON object on one line, spelled
     /// exactly as in the record (numbers of any size, the order, escapes); `None` if
     /// there are none.

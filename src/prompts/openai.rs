@@ -1,7 +1,8 @@
 //! OpenAI batch lines: `custom_id`, `method`, `url`, `body`.
 //!
 //! <https://platform.openai.com/docs/guides/batch> and the API reference of the two
-//! endpoints. The body's `model` is not looked at: the run has one.
+//! endpoints. The body's `model` may name an adapter ([`super::adapter`]) and else is not
+//! looked at: the run has one.
 
 use serde_json::{Map, Value};
 

@@ -2,7 +2,7 @@
 //!
 //! A JSON record holds exactly one of `prompt` (a string), `messages` (objects with
 //! `role` and `content`) and `prompt_token_ids`; maybe an `id` (a string or a number);
-//! sampling overrides (see [`super::overrides`]); and other fields, which travel
+//! sampling overrides (see [`super::overrides`]); an `adapter` (see [`super::adapter`]); and other fields, which travel
 //! untouched into the output's `metadata`. OpenAI batch lines are recognised by
 //! `body` beside `custom_id`, `url` or `method`.
 
@@ -10,7 +10,8 @@ use serde_json::{Map, Value, json};
 
 use super::overrides::{self, wrong_type};
 use super::{
-    ErrorCode, Problem, Prompt, RawBody, RawRecord, RecordError, Request, openai, raw_json,
+    AdapterNames, ErrorCode, Problem, Prompt, RawBody, RawRecord, RecordError, Request, adapter,
+    openai, raw_json,
 };
 use crate::engine::SamplingParams;
 
@@ -22,6 +23,8 @@ pub struct Defaults {
     pub params: SamplingParams,
     /// `--chat`: a plain prompt is one user message.
     pub chat: bool,
+    /// The run's adapters.
+    pub adapters: AdapterNames,
     /// The input file, for error records ([`super::PromptReader::name`]).
     pub file: String,
 }
@@ -32,7 +35,8 @@ pub fn parse(raw: &RawRecord, defaults: &Defaults) -> Result<Request, RecordErro
         RawBody::Bad { code, message } => Err(Problem::new(*code, message.as_str())),
         RawBody::Text(bytes) => utf8(bytes).map(|text| {
             let prompt = as_chat(Prompt::Text(text.to_string()), defaults.chat);
-            request(raw, prompt, defaults.params.clone())
+            let adapter = defaults.adapters.by_default();
+            Request { adapter, ..request(raw, prompt, defaults.params.clone()) }
         }),
         RawBody::Json(bytes) => match utf8(bytes).and_then(|text| Ok((text, object(text)?))) {
             Ok((text, fields)) => return parse_object(raw, text, &fields, defaults),
@@ -74,6 +78,7 @@ fn request(raw: &RawRecord, prompt: Prompt, params: SamplingParams) -> Request {
         id: raw.index.to_string(),
         prompt,
         params,
+        adapter: None,
         metadata: None,
         openai: None,
     }
@@ -98,11 +103,13 @@ fn parse_object(
         if openai {
             let (endpoint, prompt, body) = openai::read(fields)?;
             let params = overrides::apply(&defaults.params, body)?;
-            return Ok(Request { openai: Some(endpoint), ..request(raw, prompt, params) });
+            let adapter = defaults.adapters.of_body(body)?;
+            return Ok(Request { adapter, openai: Some(endpoint), ..request(raw, prompt, params) });
         }
         let prompt = as_chat(own_prompt(fields)?, defaults.chat);
         let params = overrides::apply(&defaults.params, fields)?;
-        Ok(Request { metadata: metadata(&members), ..request(raw, prompt, params) })
+        let adapter = defaults.adapters.of_record(fields)?;
+        Ok(Request { adapter, metadata: metadata(&members), ..request(raw, prompt, params) })
     });
     parsed.map(fill).map_err(|problem| RecordError {
         id: known_id.clone(),
@@ -140,7 +147,7 @@ fn key_is(key: &str, name: &str) -> bool {
 /// The fields that are neither prompt nor id nor sampling, as they are spelled.
 fn metadata(members: &[(&str, &str)]) -> Option<String> {
     let known = |key: &str| {
-        ["id", "prompt", "messages", "prompt_token_ids"]
+        ["id", "prompt", "messages", "prompt_token_ids", adapter::FIELD]
             .iter()
             .chain(&overrides::FIELDS)
             .any(|name| key_is(key, name))

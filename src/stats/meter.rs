@@ -253,6 +253,7 @@ mod tests {
             block_table: Vec::new(),
             logits: LogitsWanted::Last,
             prompt_len: num_tokens,
+            adapter: None,
         }
     }
 

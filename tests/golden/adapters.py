@@ -5,7 +5,8 @@
 
 The committed output was made with peft 0.21.2 and the versions named in generate.py. Each folder in adapters/ holds
 an adapter as PEFT saves it (adapter_config.json, adapter_model.safetensors) and golden.json as generate.py describes
-it, with `base`, the name of the case that is adapted. All factors are random, so none is without effect.
+it, with `base`, the name of the case that is adapted (or golden_from, the adapter that gives the same answers). All
+factors are random, so none is without effect.
 """
 
 import argparse
@@ -43,6 +44,9 @@ ADAPTERS = {
     "lora_embedding": ("llama_gqa", dict(
         r=4, lora_alpha=4, target_modules=["embed_tokens", "lm_head", "o_proj"]), dict(
         dtype="float16", notes="LoRA on the embedding (lora_embedding_A, lora_embedding_B) and on lm_head.")),
+    "tied_saved_embedding": ("llama_tied", dict(
+        r=2, lora_alpha=2, target_modules=["k_proj"], modules_to_save=["embed_tokens"]), dict(
+        dtype="bfloat16", notes="modules_to_save: the embedding is replaced, the output tied to it is not.")),
     "falcon_qkv": ("falcon_40b", dict(
         r=4, lora_alpha=8, target_modules=["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]), dict(
         dtype="bfloat16", notes="LoRA on the fused query_key_value of Falcon 40B, and on the other linear layers.")),
@@ -114,6 +118,17 @@ def make_adapter(name):
     raise SystemExit(f"{name}: no seed keeps the margin")
 
 
+def make_bin(name="lora_qv"):
+    """An adapter once more as torch.save writes it; its answers are those of the first."""
+    from safetensors.torch import load_file
+    first, folder = HERE / "adapters" / name, HERE / "adapters" / f"{name}_bin"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    shutil.copy(first / "adapter_config.json", folder)
+    torch.save(load_file(first / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "golden_from").write_text(name + "\n")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("adapters", nargs="*", help="names of adapters; all by default")
@@ -123,6 +138,8 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     for name in args.adapters or ADAPTERS:
         make_adapter(name)
+    if not args.adapters:
+        make_bin()
 
 
 if __name__ == "__main__":

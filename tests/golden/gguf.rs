@@ -47,7 +47,7 @@ fn cases() -> Vec<(PathBuf, Golden)> {
     answers.iter().filter(|path| !path.ends_with("llama_lora.json")).map(read).collect()
 }
 
-fn cosine(a: &[f32], b: &[f32]) -> f64 {
+pub(super) fn cosine(a: &[f32], b: &[f32]) -> f64 {
     let dot = |a: &[f32], b: &[f32]| -> f64 {
         a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
     };

@@ -70,7 +70,7 @@ fn body(
         "id": format!("{prefix}-{}", digest(run, prepared.request.index)),
         "object": object,
         "created": run.created_unix_seconds,
-        "model": run.model,
+        "model": prepared.request.adapter.as_ref().map_or(run.model.as_str(), |a| &*a.name),
         "usage": {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,

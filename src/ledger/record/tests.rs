@@ -20,6 +20,7 @@ fn prepared(openai: Option<OpenAiEndpoint>) -> Prepared {
             id: "a\n".into(),
             prompt: Prompt::Text("p".into()),
             params: SamplingParams::default(),
+            adapter: None,
             metadata: None,
             openai,
         },

@@ -102,12 +102,36 @@ impl Contents {
     }
 }
 
+impl TensorTable {
+    /// The tensors of one file, and the metadata of a GGUF file.
+    ///
+    /// # Errors
+    /// An input error that names the file: it cannot be read, or is damaged.
+    pub fn of_file(path: &Path, format: Format) -> Result<(Self, gguf::Metadata)> {
+        let mapped = MappedFile::open_all(&[path.to_owned()])?;
+        let mut metadata = gguf::Metadata::default();
+        let mut stored = Vec::new();
+        for file in &mapped {
+            match format {
+                Format::Safetensors => stored = file.read(safetensors::read)?,
+                Format::Torch | Format::Meta => stored = file.read(torch::read)?,
+                Format::Gguf => {
+                    let header = file.read(gguf::read)?;
+                    (metadata, stored) = (header.metadata, header.tensors);
+                }
+            }
+        }
+        let tensors = stored.into_iter().map(|t| (t.name.clone(), Tensor::whole(0, t)));
+        Ok((Self::new(mapped, tensors.collect()), metadata))
+    }
+}
+
 fn first(files: &ModelFiles) -> String {
     files.weights.first().map(|path| path.display().to_string()).unwrap_or_default()
 }
 
 /// Multimodal models keep the language model under a prefix.
-fn language_model_name(name: &str) -> String {
+pub(in crate::model) fn language_model_name(name: &str) -> String {
     if let Some(rest) = name.strip_prefix("language_model.") {
         return rest.to_owned();
     }

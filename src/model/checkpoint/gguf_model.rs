@@ -18,7 +18,7 @@ pub fn config(metadata: &gguf::Metadata, table: &TensorTable) -> Result<ModelCon
     let mut json = gguf::hf_config(metadata, |name| table.shape(name))?;
     add_rope_factors(&mut json, table)?;
     let mut config = ModelConfig::from_json(json)?;
-    config.names = names(&config, table);
+    config.names = names(&config, table.contains("blk.0.attn_qkv.weight"));
     if gguf::interleaved_rope(metadata) {
         config = config.with_interleaved_pairs();
     }
@@ -34,12 +34,14 @@ pub fn config(metadata: &gguf::Metadata, table: &TensorTable) -> Result<ModelCon
     Ok(config)
 }
 
-fn names(config: &ModelConfig, table: &TensorTable) -> Names {
+/// The names of a GGUF file of the model, or of an adapter of it; `fused_qkv` where it has
+/// `attn_qkv` in place of three.
+pub(in crate::model) fn names(config: &ModelConfig, fused_qkv: bool) -> Names {
     match (config.model_type.as_str(), config.block) {
         ("falcon", Block::ParallelTwoNorms) => GGUF_FALCON_TWO_NORMS,
         ("falcon", _) => GGUF_FALCON,
         ("phi3", _) => GGUF_PHI3,
-        _ if table.contains("blk.0.attn_qkv.weight") => Names { qkv: GGUF_FUSED_QKV, ..GGUF },
+        _ if fused_qkv => Names { qkv: GGUF_FUSED_QKV, ..GGUF },
         _ => GGUF,
     }
 }

@@ -10,7 +10,7 @@
 mod contents;
 mod files;
 pub mod gguf;
-mod gguf_model;
+pub(super) mod gguf_model;
 pub mod meta;
 mod safetensors;
 mod table;
@@ -21,6 +21,7 @@ use std::ops::Range;
 use std::path::Path;
 
 pub use contents::Contents;
+pub(super) use contents::language_model_name;
 pub use files::{Format, ModelFiles};
 pub use table::TensorTable;
 

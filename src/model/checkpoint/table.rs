@@ -85,6 +85,11 @@ impl TensorTable {
         self.tensors.get(name).map(|tensor| tensor.shape.clone())
     }
 
+    /// What a tensor's values are.
+    pub fn dtype(&self, name: &str) -> Option<&StoredDtype> {
+        self.tensors.get(name).map(|tensor| &tensor.dtype)
+    }
+
     /// Bytes of tensors handed out so far: what this rank has read or mapped.
     pub fn bytes_read(&self) -> u64 {
         self.bytes_read.load(Ordering::Relaxed)
@@ -123,6 +128,21 @@ impl TensorTable {
                 }
             }
         }
+    }
+
+    /// The rows `rows` (in order) and the columns `cols` of the matrix `name`, of `shape`, as it
+    /// is stored.
+    ///
+    /// # Errors
+    /// As [`TensorTable::matrix`].
+    pub fn part(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+        rows: &[Range<usize>],
+        cols: Range<usize>,
+    ) -> Result<Weight> {
+        self.slice(name, self.tensor(name, shape)?, rows, cols)
     }
 
     /// The parts `parts` of the vector `name` of length `len`, one after another, in f32.
