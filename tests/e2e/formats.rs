@@ -193,7 +193,8 @@ fn a_damaged_file_of_each_form_is_named() {
     let garbage = |path: &Path| fs::write(path, b"\0\xff{{").expect("garbage");
     let remove = |path: &Path| fs::remove_file(path).expect("one less");
     // (model, its damaged file, the damage)
-    let table: [(&str, &str, &dyn Fn(&Path)); 12] = [
+    type Damage<'a> = &'a dyn Fn(&Path);
+    let table: [(&str, &str, Damage); 12] = [
         ("llama_bf16", "model.safetensors", &truncate),
         ("llama_bin", "pytorch_model-00002-of-00002.bin", &truncate),
         ("llama_bin", "pytorch_model-00001-of-00002.bin", &garbage),
