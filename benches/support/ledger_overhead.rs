@@ -245,12 +245,7 @@ impl Bench {
         let preparer = Preparer {
             tokenizer: tokenizer.clone(),
             template: None,
-            defaults: Defaults {
-                params,
-                chat: false,
-                file: "prompts.jsonl".into(),
-                adapters: Default::default(),
-            },
+            defaults: Defaults { params, file: "prompts.jsonl".into(), ..Defaults::default() },
             max_seq_len: MAX_SEQ_LEN,
             reserved_tokens: 1,
             guides: farm::engine::Guides::new(Vec::new, &[]).into(),

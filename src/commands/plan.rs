@@ -24,6 +24,7 @@ use crate::prompts::{
     GenerationConfig, InputIdentity, PromptFormat, PromptReader, ReadOptions, SamplingFlags,
     generation_config, guide, spool_stdin,
 };
+use crate::stage::ModelPaths;
 use crate::stage::manifest::Manifest;
 use crate::{Error, Result, kernels, slurm};
 
@@ -155,7 +156,8 @@ impl PromptsSource {
 /// Input and usage errors that name the file or the flag.
 pub fn check(job: &Job) -> Result<Checked> {
     check_output(job)?;
-    let manifest = Manifest::read(&job.sources())?;
+    // Adapters have an identity of their own: by content, wherever they lie.
+    let manifest = Manifest::read(&ModelPaths { adapters: Vec::new(), ..job.sources() })?;
     let checkpoint = open_checkpoint(job, &manifest)?;
     let max_seq_len = max_seq_len(job, checkpoint.config())?;
     let params = resolve_sampling(job, &checkpoint)?;

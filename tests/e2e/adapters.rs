@@ -112,6 +112,8 @@ fn a_body_names_an_adapter_as_its_model_and_an_unknown_one_is_an_error_record() 
     let message = records[4]["error"]["message"].as_str().unwrap();
     assert!(message.contains(r#""sql""#) && message.contains(r#""rslora""#), "{message}");
     assert_eq!(records[5]["error"]["code"], "wrong_type");
+    // The same adapters again, from the run's own record of its flags.
+    farm.retry().ends_with(4);
 }
 
 /// A rerun with the same adapters, in any order and from anywhere, is the same run; with

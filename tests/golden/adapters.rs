@@ -453,6 +453,8 @@ fn run(runner: &mut ModelRunner, requests: &[EngineRequest]) -> Vec<EngineOutput
     while engine.has_work() {
         outputs.extend(engine.step().unwrap().finished);
     }
+    let preempted = engine.counters().preemptions > 0;
+    assert_eq!(preempted, requests.len() > 8, "too many for the cache, or few");
     outputs.sort_by_key(|output| output.key);
     outputs
 }

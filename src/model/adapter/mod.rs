@@ -6,7 +6,7 @@
 //! y = m / ‖W + s · B A‖ · (W x + s · B (A x)) + bias    DoRA (Liu et al. 2024), by row
 //! ```
 //!
-//! [`Adapter::open`] reads PEFT's directories ([`peft`]) and llama.cpp's files ([`gguf`])
+//! [`Adapter::open`] reads PEFT's directories (`peft.rs`) and llama.cpp's files (`gguf.rs`)
 //! and checks every tensor against the model, whatever the model's own form; [`Deltas`] are
 //! a rank's share of them at one layer. A tensor-parallel rank has B's rows where it has the
 //! layer's rows, and A's columns where it has the layer's columns; the latter's products are
