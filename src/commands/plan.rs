@@ -24,8 +24,8 @@ use crate::prompts::{
     GenerationConfig, InputIdentity, PromptFormat, PromptReader, ReadOptions, SamplingFlags,
     generation_config, guide, spool_stdin,
 };
-use crate::stage::ModelPaths;
 use crate::stage::manifest::Manifest;
+use crate::stage::sources::ModelPaths;
 use crate::{Error, Result, kernels, slurm};
 
 /// What every rank needs to know of the run.
