@@ -29,7 +29,7 @@ pub enum GenerationConfigSource {
 /// `--dtype`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Dtype {
-    /// The model's own (f32 on CPU).
+    /// The checkpoint's own.
     Auto,
     /// 32-bit floats.
     F32,

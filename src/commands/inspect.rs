@@ -337,7 +337,7 @@ fn tokenizer_kind(contents: &Contents, given: Option<&Path>) -> String {
 
 fn memory(config: &ModelConfig, contents: &Contents) -> Vec<RankMemory> {
     let sizes = 1..=config.num_attention_heads;
-    let works = |size: &usize| config.check_tensor_parallel(*size).is_ok();
+    let works = |size: &usize| config.can_split(*size);
     let kv = |size, sequences| footprint::kv_cache(config, size, config.max_context(), sequences);
     let of_size = |size| RankMemory {
         tensor_parallel: size,

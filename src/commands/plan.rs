@@ -360,8 +360,11 @@ fn max_seq_len(job: &Job, config: &ModelConfig) -> Result<usize> {
 
 fn resolve_sampling(job: &Job, checkpoint: &Checkpoint) -> Result<SamplingParams> {
     let model = match job.sampling.generation_config {
-        GenerationConfigSource::Model => GenerationConfig::from_dir(&checkpoint.files().dir)?,
-        GenerationConfigSource::Ignore => GenerationConfig::default(),
+        // What lies beside one GGUF file of many need not be its own.
+        GenerationConfigSource::Model if !job.model.model.is_file() => {
+            GenerationConfig::from_dir(&checkpoint.files().dir)?
+        }
+        _ => GenerationConfig::default(),
     };
     let flags = &job.sampling;
     let flags = SamplingFlags {

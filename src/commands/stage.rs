@@ -4,7 +4,9 @@ use crate::Result;
 use crate::cli::StageCommandArgs;
 use crate::comm::{Topology, agree};
 use crate::commands::launch::Rank;
-use crate::commands::print;
+use crate::commands::{load, print};
+use crate::model::Checkpoint;
+use crate::stage::manifest::Manifest;
 use crate::stage::sources::ModelPaths;
 use crate::stage::{StageOptions, Staged, stage};
 use crate::stats::format;
@@ -17,11 +19,21 @@ pub fn run(args: &StageCommandArgs, rank: &Rank) -> Result<i32> {
     let topology = Topology::new(rank.world.clone(), 1)?;
     let sources = ModelPaths { tokenizer: args.tokenizer.clone(), ..ModelPaths::of(&args.model) };
     let options = StageOptions { keep: true, ..StageOptions::new(sources, &args.stage_dir) };
+    // A model that cannot run is not worth its copies.
+    let first = rank.world.rank() == 0;
+    let usable = first.then(|| usable(&options.sources)).transpose();
+    agree(&*rank.world, usable.map(drop))?;
     let staged = stage(&topology, &options)?;
     let line = summary(&staged, topology.num_nodes);
     staged.finish(&topology);
     let printed = if rank.world.rank() == 0 { print(&line) } else { Ok(()) };
     agree(&*rank.world, printed).map(|()| 0)
+}
+
+fn usable(sources: &ModelPaths) -> Result<()> {
+    let paths = Manifest::read(sources)?.in_place;
+    let checkpoint = Checkpoint::open(&paths.model)?;
+    load::tokenizer(checkpoint.contents(), paths.tokenizer.as_deref()).map(drop)
 }
 
 fn summary(staged: &Staged, num_nodes: usize) -> String {

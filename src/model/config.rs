@@ -200,21 +200,22 @@ impl ModelConfig {
     /// # Errors
     /// An input error that names the setting.
     pub fn check_sizes(&self) -> Result<()> {
-        let positive = [
-            ("hidden_size", self.hidden_size),
-            ("intermediate_size", self.intermediate_size),
-            ("num_hidden_layers", self.num_hidden_layers),
-            ("num_attention_heads", self.num_attention_heads),
-            ("num_key_value_heads", self.num_key_value_heads),
-            ("head_dim", self.head_dim),
-            ("vocab_size", self.vocab_size),
-            ("max_position_embeddings", self.max_position_embeddings),
+        // Beyond any model, and so small that their products fit.
+        let bounded = [
+            ("hidden_size", self.hidden_size, 1 << 20),
+            ("intermediate_size", self.intermediate_size, 1 << 22),
+            ("num_hidden_layers", self.num_hidden_layers, 10_000),
+            ("num_attention_heads", self.num_attention_heads, 1 << 12),
+            ("num_key_value_heads", self.num_key_value_heads, 1 << 12),
+            ("head_dim", self.head_dim, 1 << 14),
+            ("vocab_size", self.vocab_size, 1 << 26),
+            ("max_position_embeddings", self.max_position_embeddings, 1 << 30),
         ];
-        if let Some((name, _)) = positive.iter().find(|(_, n)| *n == 0 || *n > 1 << 30) {
-            return Err(Error::input(format!("{name} is out of range")));
+        if let Some((name, n, _)) = bounded.iter().find(|(_, n, max)| !(1..=*max).contains(n)) {
+            return Err(Error::input(format!("{name} {n} is out of range")));
         }
-        if self.num_hidden_layers > 10_000 {
-            return Err(Error::input("num_hidden_layers is out of range"));
+        if !(0.0..1.0).contains(&self.norm_eps) {
+            return Err(Error::input(format!("the norms' eps {} is out of range", self.norm_eps)));
         }
         if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
             return Err(Error::input(format!(
@@ -269,23 +270,25 @@ impl ModelConfig {
         (kv_heads == 1).then_some(AttentionSplit::Replicated)
     }
 
+    /// Whether the model can be split over a tensor-parallel group of `size`.
+    pub fn can_split(&self, size: usize) -> bool {
+        let mlp = |n: usize| match &self.experts {
+            Some(experts) => experts.num_experts.is_multiple_of(n),
+            None => self.intermediate_size.is_multiple_of(n),
+        };
+        size >= 1 && mlp(size) && self.attention_split(size).is_some()
+    }
+
     /// Refuses tensor-parallel sizes that the model cannot be split over.
     ///
     /// # Errors
     /// An input error that lists the sizes that work.
     pub fn check_tensor_parallel(&self, size: usize) -> Result<()> {
-        let works = |n: usize| {
-            let mlp = match &self.experts {
-                Some(experts) => experts.num_experts.is_multiple_of(n),
-                None => self.intermediate_size.is_multiple_of(n),
-            };
-            mlp && self.attention_split(n).is_some()
-        };
-        if size >= 1 && works(size) {
+        if self.can_split(size) {
             return Ok(());
         }
-        let sizes: Vec<String> =
-            (1..=self.num_attention_heads).filter(|n| works(*n)).map(|n| n.to_string()).collect();
+        let sizes = (1..=self.num_attention_heads).filter(|n| self.can_split(*n));
+        let sizes: Vec<String> = sizes.map(|n| n.to_string()).collect();
         let mlp = match &self.experts {
             Some(experts) => format!("{} experts", experts.num_experts),
             None => format!("intermediate size {}", self.intermediate_size),
@@ -365,7 +368,8 @@ impl ModelConfig {
     /// Bytes of one KV cache block of `block_size` tokens over all layers, with
     /// `kv_heads` heads on this rank in f32.
     pub fn kv_block_bytes(&self, kv_heads: usize, block_size: usize) -> usize {
-        2 * self.num_hidden_layers * kv_heads * self.head_dim * block_size * size_of::<f32>()
+        let values = self.num_hidden_layers * kv_heads * self.head_dim;
+        (2 * block_size * size_of::<f32>()).saturating_mul(values)
     }
 }
 
@@ -388,6 +392,16 @@ impl RopeConfig {
                 self.rotary_dim
             )));
         }
+        let factor = match self.scaling {
+            RopeScaling::Linear { factor }
+            | RopeScaling::Dynamic { factor }
+            | RopeScaling::Llama3 { factor, .. }
+            | RopeScaling::Yarn { factor, .. } => factor,
+            _ => 1.0,
+        };
+        if !(factor > 0.0 && factor <= 1e6) {
+            return Err(Error::input(format!("the rotary factor {factor} is out of range")));
+        }
         let sets: Vec<&Vec<f32>> = match &self.scaling {
             RopeScaling::LongRope { short_factor, long_factor, .. } => {
                 vec![short_factor, long_factor]
@@ -408,13 +422,13 @@ impl RopeConfig {
 impl ExpertsConfig {
     fn check(&self) -> Result<()> {
         let n = self.num_experts;
-        if n == 0 || n > 1 << 16 || !(1..=n).contains(&self.num_experts_per_tok) {
+        if n == 0 || n > 1 << 12 || !(1..=n).contains(&self.num_experts_per_tok) {
             return Err(Error::input(format!(
                 "{} of {n} experts a token is out of range",
                 self.num_experts_per_tok
             )));
         }
-        if self.moe_intermediate_size == 0 || self.moe_intermediate_size > 1 << 30 {
+        if self.moe_intermediate_size == 0 || self.moe_intermediate_size > 1 << 20 {
             return Err(Error::input("moe_intermediate_size is out of range"));
         }
         Ok(())

@@ -114,7 +114,7 @@ impl Tensor {
 
     /// Number of values.
     pub fn len(&self) -> usize {
-        self.shape.iter().product()
+        self.shape.iter().fold(1, |len: usize, n| len.saturating_mul(*n))
     }
 
     /// Whether it has no values.
@@ -130,7 +130,7 @@ impl Tensor {
     /// Bytes in the file.
     pub fn bytes(&self) -> Option<u64> {
         let (unit_len, unit_bytes) = self.dtype.unit()?;
-        Some((self.len() / unit_len * unit_bytes) as u64)
+        Some((self.len() / unit_len).saturating_mul(unit_bytes) as u64)
     }
 }
 
@@ -138,7 +138,9 @@ impl Tensor {
 fn matrix_shape(shape: &[usize]) -> [usize; 2] {
     match shape {
         [] => [1, 1],
-        [leading @ .., cols] => [leading.iter().product(), *cols],
+        [leading @ .., cols] => {
+            [leading.iter().fold(1, |rows: usize, n| rows.saturating_mul(*n)), *cols]
+        }
     }
 }
 

@@ -1,6 +1,5 @@
 //! Mixtures of experts: Mixtral (Mistral with experts) and Qwen3-MoE (Qwen3 with experts).
 
-use super::qwen::windows;
 use super::raw::RawConfig;
 use crate::model::config::{ExpertsConfig, ModelConfig};
 use crate::model::names::{ExpertNames, LLAMA, Names};
@@ -50,7 +49,11 @@ pub(super) fn mixtral(raw: &RawConfig) -> Result<ModelConfig> {
 pub(super) fn qwen3_moe(raw: &RawConfig) -> Result<ModelConfig> {
     Ok(ModelConfig {
         qk_norm: true,
-        layer_windows: windows(raw)?,
+        // Unlike Qwen2 and 3: all layers, whatever max_window_layers says.
+        layer_windows: match raw.use_sliding_window {
+            Some(true) => raw.windows(|_| true)?,
+            _ => vec![None; raw.layers()?],
+        },
         experts: Some(experts(raw, raw.norm_topk_prob.unwrap_or(false))?),
         ..raw.llama()?
     })

@@ -22,21 +22,54 @@ use crate::{Error, Result};
 
 type Build = fn(&RawConfig) -> Result<ModelConfig>;
 
-/// `model_type`s and what they mean.
-const FAMILIES: &[(&str, Build)] = &[
-    ("llama", llama::llama),
-    ("mistral", llama::mistral),
-    ("falcon", falcon::falcon),
-    // The names in Falcon's first files.
-    ("RefinedWeb", falcon::falcon),
-    ("RefinedWebModel", falcon::falcon),
-    ("qwen2", qwen::qwen2),
-    ("qwen3", qwen::qwen3),
-    ("phi3", phi::phi3),
-    ("gemma2", gemma::gemma2),
-    ("gemma3_text", gemma::gemma3),
-    ("mixtral", mixture::mixtral),
-    ("qwen3_moe", mixture::qwen3_moe),
+/// `model_type`s, what they mean, and what a field means that the file leaves out: the
+/// defaults of the family's configuration class in transformers, where they are not Llama's.
+/// (Gemma 3's published files leave out most of what equals them.)
+const FAMILIES: &[(&str, Build, &str)] = &[
+    ("llama", llama::llama, "{}"),
+    (
+        "mistral",
+        llama::mistral,
+        r#"{"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072}"#,
+    ),
+    ("falcon", falcon::falcon, r#"{"vocab_size": 65024}"#),
+    // The names in the first files of Falcon 40B and 7B.
+    ("RefinedWeb", falcon::falcon, r#"{"vocab_size": 65024, "new_decoder_architecture": true}"#),
+    ("RefinedWebModel", falcon::falcon, r#"{"vocab_size": 65024}"#),
+    ("qwen2", qwen::qwen2, r#"{"sliding_window": 4096, "max_position_embeddings": 32768}"#),
+    (
+        "qwen3",
+        qwen::qwen3,
+        r#"{"sliding_window": 4096, "max_position_embeddings": 32768, "head_dim": 128}"#,
+    ),
+    ("phi3", phi::phi3, r#"{"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}"#),
+    (
+        "gemma2",
+        gemma::gemma2,
+        r#"{"vocab_size": 256000, "num_attention_heads": 8, "num_key_value_heads": 4,
+            "head_dim": 256, "max_position_embeddings": 8192, "sliding_window": 4096,
+            "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0}"#,
+    ),
+    (
+        "gemma3_text",
+        gemma::gemma3,
+        r#"{"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4,
+            "head_dim": 256, "max_position_embeddings": 131072, "sliding_window": 4096,
+            "query_pre_attn_scalar": 256}"#,
+    ),
+    (
+        "mixtral",
+        mixture::mixtral,
+        r#"{"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+            "num_local_experts": 8, "num_experts_per_tok": 2}"#,
+    ),
+    (
+        "qwen3_moe",
+        mixture::qwen3_moe,
+        r#"{"num_key_value_heads": 4, "max_position_embeddings": 32768, "sliding_window": 4096,
+            "num_local_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}"#,
+    ),
 ];
 
 impl ModelConfig {
@@ -68,15 +101,16 @@ impl ModelConfig {
             }
         }
         raw::respell(&mut value);
-        let raw: RawConfig =
-            serde_json::from_value(value).map_err(|e| Error::input(format!("not usable: {e}")))?;
-        let family = raw.family();
-        let Some((_, build)) = FAMILIES.iter().find(|(name, _)| *name == family) else {
+        let family = family_of(&value)?;
+        let Some((_, build, defaults)) = FAMILIES.iter().find(|(name, ..)| *name == family) else {
             return Err(Error::input(format!(
                 "model_type {family:?} is not supported; supported: {}",
                 supported()
             )));
         };
+        fill_in(&mut value, defaults);
+        let raw: RawConfig =
+            serde_json::from_value(value).map_err(|e| Error::input(format!("not usable: {e}")))?;
         refuse_quantized(&raw)?;
         let config = build(&raw)?;
         config.check_sizes()?;
@@ -84,10 +118,34 @@ impl ModelConfig {
     }
 }
 
+/// `model_type`; without one, Llama if `architectures` does not say otherwise.
+fn family_of(config: &Value) -> Result<String> {
+    if let Some(family) = config.get("model_type").and_then(Value::as_str) {
+        return Ok(family.to_owned());
+    }
+    let named = |name: &Value| name.as_str().unwrap_or_default().to_lowercase();
+    match config.get("architectures").and_then(|names| names.get(0)).map(named) {
+        Some(name) if !name.starts_with("llama") => Err(Error::input(format!(
+            "model_type is missing, and architectures names {name}: add the model_type"
+        ))),
+        _ => Ok("llama".to_owned()),
+    }
+}
+
+/// Adds the fields of `defaults` that the file leaves out. (One that is null is off.)
+fn fill_in(config: &mut Value, defaults: &str) {
+    let defaults: Value = serde_json::from_str(defaults).unwrap_or_default();
+    if let (Some(fields), Some(defaults)) = (config.as_object_mut(), defaults.as_object()) {
+        for (name, value) in defaults {
+            fields.entry(name.as_str()).or_insert_with(|| value.clone());
+        }
+    }
+}
+
 /// The supported families' names.
 pub fn supported() -> String {
     let mut names: Vec<&str> =
-        FAMILIES.iter().map(|(name, _)| *name).filter(|name| !name.starts_with("Ref")).collect();
+        FAMILIES.iter().map(|(name, ..)| *name).filter(|name| !name.starts_with("Ref")).collect();
     names.dedup();
     names.join(", ")
 }
@@ -196,6 +254,51 @@ mod tests {
         config.check_tensor_parallel(4).unwrap();
         assert_eq!((config.local_heads(4), config.local_kv_heads(4)), (71, 1));
         assert_eq!((config.head_dim, config.intermediate_size), (64, 18176));
+    }
+
+    /// The text part of Gemma 3 4B's file: all that it says.
+    #[test]
+    fn what_a_file_leaves_out_is_the_familys_default() {
+        let config = ModelConfig::from_json(serde_json::json!({
+            "model_type": "gemma3",
+            "text_config": {
+                "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
+                "num_hidden_layers": 34, "sliding_window": 1024,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            },
+        }))
+        .unwrap();
+        assert_eq!((config.num_attention_heads, config.num_key_value_heads), (8, 4));
+        assert_eq!(
+            (config.head_dim, config.vocab_size, config.max_context()),
+            (256, 262208, 131072)
+        );
+        let windows = |config: &ModelConfig| config.layer_windows.iter().flatten().count();
+        assert_eq!(windows(&config), 29);
+        let mistral = parse(r#""model_type": "mistral""#).unwrap();
+        assert_eq!(mistral.layer_windows, [Some(4096); 2]);
+        let null = parse(r#""model_type": "mistral", "sliding_window": null"#).unwrap();
+        assert_eq!(windows(&null), 0);
+        let gemma2 = parse(r#""model_type": "gemma2", "head_dim": 8"#).unwrap();
+        assert_eq!(gemma2.attn_logit_softcapping, Some(50.0));
+        let qwen = parse(r#""architectures": ["Qwen2ForCausalLM"]"#).unwrap_err();
+        assert!(qwen.message.contains("model_type"), "{qwen}");
+        // Falcon 40B's first file.
+        let falcon = parse(r#""model_type": "RefinedWeb", "n_head_kv": 4"#).unwrap();
+        assert_eq!((falcon.num_key_value_heads, falcon.model_type.as_str()), (4, "falcon"));
+    }
+
+    #[test]
+    fn sizes_and_factors_are_bounded() {
+        for (json, word) in [
+            (r#""rope_scaling": {"rope_type": "dynamic", "factor": 1e18}"#, "factor"),
+            (r#""rope_scaling": {"rope_type": "linear", "factor": 0}"#, "factor"),
+            (r#""rms_norm_eps": -1"#, "eps"),
+            (r#""head_dim": 1073741824"#, "head_dim"),
+        ] {
+            let error = parse(json).unwrap_err();
+            assert!(error.message.contains(word), "{json}: {error}");
+        }
     }
 
     #[test]

@@ -21,7 +21,7 @@ pub(super) fn qwen3(raw: &RawConfig) -> Result<ModelConfig> {
 }
 
 /// A window only where `use_sliding_window` says so, from layer `max_window_layers` on.
-pub(super) fn windows(raw: &RawConfig) -> Result<Vec<Option<usize>>> {
+fn windows(raw: &RawConfig) -> Result<Vec<Option<usize>>> {
     if !raw.use_sliding_window.unwrap_or(false) {
         return Ok(vec![None; raw.layers()?]);
     }

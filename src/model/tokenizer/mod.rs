@@ -131,7 +131,8 @@ impl Tokenizer {
         };
         let (named_bos, named_eos) = (named("bos_token"), named("eos_token"));
         let (gguf_bos, gguf_eos) = gguf.unwrap_or_default();
-        let dirs = [model_dir, &dir];
+        // What lies beside one GGUF file of many need not be its own.
+        let dirs = if gguf_eos.is_empty() { vec![model_dir, &dir] } else { Vec::new() };
         let eos = configured_ids(&dirs, "eos_token_id")?;
         // A bare file knows more ends than the one that is called EOS (Llama 3's turns).
         let own = std::mem::take(&mut tokenizer.eos_token_ids);

@@ -28,11 +28,6 @@ pub struct GgufFile {
     pub tensors: Vec<StoredTensor>,
 }
 
-/// The model's chat template (Jinja); of several, the default one.
-pub fn chat_template(metadata: &Metadata) -> Option<&str> {
-    metadata.str("tokenizer.chat_template")
-}
-
 /// The file holds an adapter (LoRA) and not a model.
 pub fn is_adapter(metadata: &Metadata) -> bool {
     metadata.str("general.type") == Some("adapter")
@@ -52,16 +47,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn template_and_type_come_from_the_metadata() {
+    fn the_metadata_tell_adapters() {
         let mut metadata = Metadata::default();
-        assert_eq!(chat_template(&metadata), None);
         assert!(!is_adapter(&metadata));
-        let mut set = |key: &str, text: &str| {
-            metadata.0.insert(key.to_owned(), Value::String(text.to_owned()));
-        };
-        set("tokenizer.chat_template", "{{ messages }}");
-        set("general.type", "adapter");
-        assert_eq!(chat_template(&metadata), Some("{{ messages }}"));
+        let adapter = Value::String("adapter".to_owned());
+        metadata.0.insert("general.type".to_owned(), adapter);
         assert!(is_adapter(&metadata));
     }
 
