@@ -126,7 +126,8 @@ mod tests {
     use crate::comm::NoTensorComm;
     use crate::model::{Checkpoint, LoadOptions, ModelRunner};
 
-    /// Estimates against what a loaded model says of itself, alone in its group.
+    /// Estimates against what a loaded model says of itself, alone in its group; nothing of the
+    /// checkpoint is read twice.
     #[test]
     fn estimates_are_what_is_loaded() {
         let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
@@ -140,6 +141,9 @@ mod tests {
             ("gguf/llama_quantized_f16.gguf", quant(QuantType::Q6_K)),
             ("gguf/llama_quantized_f16.gguf", quant(QuantType::Q4_K)),
             ("llama_bf16", Some(WeightDtype::F32)),
+            ("llama_bf16", quant(QuantType::Q8_0)),
+            ("gguf/mixtral.gguf", None),
+            ("phi3", None),
         ] {
             let checkpoint = Checkpoint::open(&goldens.join(case)).unwrap();
             let options = LoadOptions { dtype, max_seq_len: 16, num_blocks: 1 };
@@ -148,6 +152,8 @@ mod tests {
             let guess = weights(checkpoint.config(), checkpoint.tensors(), dtype, 1);
             let error = guess.bytes as f64 / loaded.0 - 1.0;
             assert!(error.abs() < 0.01, "{case}: {} for {}", guess.bytes, loaded.0);
+            let stored: u64 = checkpoint.tensors().iter().filter_map(|(_, t)| t.bytes()).sum();
+            assert!(runner.bytes_read() <= stored, "{case}: {} of {stored}", runner.bytes_read());
             let owned = if dtype.is_some() { guess.bytes } else { 0 };
             assert_eq!((guess.owned, loaded.1 == 0), (owned, dtype.is_none()), "{case}");
         }

@@ -108,6 +108,21 @@ fn farm_stage_leaves_a_copy_for_later_runs() {
     assert_eq!(shards(&farm).len(), 4);
 }
 
+/// With a tokenizer from elsewhere the copy is another, and has that.
+#[test]
+fn farm_stage_brings_the_tokenizer_along() {
+    let scratch = Scratch::new();
+    let tokenizer = golden("llama_bf16");
+    let farm = farm(&scratch, "run", Launch::Alone).model(golden("meta_mp2"));
+    let farm = farm.flag("--tokenizer", &tokenizer).args(["--max-seq-len", "64"]);
+    let mut stage = Farm::plain(["stage"]);
+    stage.arg("--model").arg(golden("meta_mp2")).arg("--tokenizer").arg(&tokenizer);
+    crate::common::run(stage.arg("--stage-dir").arg(farm.stage_dir())).with_code(0);
+    let staged = farm.staged_files();
+    assert!(staged.iter().any(|file| file.ends_with("tokenizer/tokenizer.json")), "{staged:?}");
+    assert_eq!(run(&farm)["bytes_read_source"], 0);
+}
+
 /// A model that takes a moment to copy: the golden one with a tensor that nobody uses.
 fn padded_model(scratch: &Scratch, bytes: usize) -> PathBuf {
     let model = scratch.model("llama_tied");
