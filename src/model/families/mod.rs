@@ -2,7 +2,7 @@
 //!
 //! A family is a function from the file's fields to a [`ModelConfig`]; the computation is
 //! one for all, [`super::decoder`]. To add a family, add its file and a line in
-//! [`FAMILIES`]; if it needs a new switch, the decoder gets it.
+//! `FAMILIES`; if it needs a new switch, the decoder gets it.
 
 mod falcon;
 mod gemma;

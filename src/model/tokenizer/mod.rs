@@ -2,7 +2,7 @@
 //! `tokenizers` crate), SentencePiece's or tiktoken's `tokenizer.model`, or the vocabulary
 //! in a GGUF file; and the special tokens that the files beside it name.
 //!
-//! The forms without a `tokenizer.json` run on farm's own tables ([`pieces`]), so that
+//! The forms without a `tokenizer.json` run on farm's own tables (`pieces`), so that
 //! their ids are those of the library each form belongs to: sentencepiece, tiktoken,
 //! llama.cpp. `tests/golden/tokenizers` holds what those give.
 //!

@@ -14,7 +14,6 @@
 //! | llama (also Mistral, Mixtral) | attn_norm, ffn_norm | attn_q, attn_k, attn_v, attn_output; biases on all four or none | ffn_gate, ffn_up, ffn_down; biases on all three or none |
 //! | … with experts (Mixtral) | the same | the same | ffn_gate_inp, ffn_gate_exps, ffn_up_exps, ffn_down_exps |
 //! | qwen2 | attn_norm, ffn_norm | attn_q, attn_k, attn_v with biases; attn_output without | ffn_gate, ffn_up, ffn_down |
-//! | qwen2moe | the same | the same | as Mixtral, plus ffn_gate_inp_shexp ([1, hidden] or [hidden]), ffn_gate_shexp, ffn_up_shexp, ffn_down_shexp |
 //! | qwen3 | attn_norm, ffn_norm, attn_q_norm, attn_k_norm (of a head) | attn_q, attn_k, attn_v, attn_output | ffn_gate, ffn_up, ffn_down |
 //! | qwen3moe | as qwen3 | as qwen3 | as Mixtral |
 //! | phi3 | attn_norm, ffn_norm | attn_qkv (rows of q, then k, then v), attn_output | ffn_up (rows of gate, then up), ffn_down |
@@ -41,7 +40,7 @@
 //! | | rows of q and k permuted | pairs of the rotary embedding | norm weights |
 //! |---|---|---|---|
 //! | llama | yes: within a head, row 2i is HF's row i, row 2i+1 is HF's i + head_dim/2; biases too | interleaved (2i, 2i+1) | as in HF |
-//! | falcon, qwen2, qwen2moe, qwen3, qwen3moe, phi3 | no | halves (i, i + n/2) | as in HF |
+//! | falcon, qwen2, qwen3, qwen3moe, phi3 | no | halves (i, i + n/2) | as in HF |
 //! | gemma2, gemma3 | no | halves | stored as 1 + w: multiply by them as they are, unlike HF's w |
 //!
 //! - For llama, Mistral's own format comes interleaved and stays so: always interleaved.
@@ -74,7 +73,7 @@
 //! - YaRN: llama.cpp ignores `yarn_ext_factor`, `yarn_attn_factor`, `yarn_beta_fast`,
 //!   `yarn_beta_slow` for these architectures; HF's model has them, and so has this reader.
 //!   `rope.scaling.attn_factor` multiplies cos and sin.
-//! - Mixtral and qwen3moe normalize the chosen experts' weights, qwen2moe does not.
+//! - Mixtral and qwen3moe normalize the chosen experts' weights.
 //! - Activations: SiLU; Gemma the tanh form of GELU. For falcon HF has the exact GELU (given
 //!   here), llama.cpp the tanh form.
 //! - EOS: HF's lists of several ids are not written. As llama.cpp, this reader adds the ids
@@ -86,8 +85,8 @@ use super::{Metadata, Value, shown};
 use crate::{Error, Result};
 
 /// The values of `general.architecture` that [`hf_config`] knows.
-pub const ARCHITECTURES: [&str; 9] =
-    ["llama", "falcon", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "phi3", "gemma2", "gemma3"];
+pub const ARCHITECTURES: [&str; 8] =
+    ["llama", "falcon", "qwen2", "qwen3", "qwen3moe", "phi3", "gemma2", "gemma3"];
 
 /// Largest size (heads, width, vocabulary …) that is believed.
 const SIZE_MAX: u64 = 1 << 30;
@@ -134,7 +133,7 @@ pub fn hf_config(
     match arch {
         "llama" => llama(&file, &sizes, &mut config)?,
         "falcon" => falcon(&file, &sizes, &mut config)?,
-        "qwen2" | "qwen2moe" => qwen2(&file, &sizes, &mut config)?,
+        "qwen2" => qwen2(&file, &mut config)?,
         "qwen3" | "qwen3moe" => qwen3(&file, &sizes, &mut config)?,
         "phi3" => phi3(&file, &sizes, &mut config)?,
         _ => gemma(&file, &sizes, &mut config)?,
@@ -634,17 +633,9 @@ fn falcon(file: &File, sizes: &Sizes, config: &mut Config) -> Result<()> {
     Ok(())
 }
 
-fn qwen2(file: &File, sizes: &Sizes, config: &mut Config) -> Result<()> {
+fn qwen2(file: &File, config: &mut Config) -> Result<()> {
     set(config, "use_sliding_window", false);
-    set(config, "qkv_bias", has_qkv_bias(file));
-    if file.arch == "qwen2" {
-        return refuse_experts(file);
-    }
-    set(config, "model_type", "qwen2_moe");
-    qwen_experts(file, sizes, false, config)?;
-    let shared = file.size("expert_shared_feed_forward_length", sizes.layers)?;
-    set(config, "shared_expert_intermediate_size", shared.unwrap_or(sizes.intermediate));
-    Ok(())
+    refuse_experts(file)
 }
 
 fn qwen3(file: &File, sizes: &Sizes, config: &mut Config) -> Result<()> {
@@ -655,16 +646,16 @@ fn qwen3(file: &File, sizes: &Sizes, config: &mut Config) -> Result<()> {
         return refuse_experts(file);
     }
     set(config, "model_type", "qwen3_moe");
-    qwen_experts(file, sizes, true, config)
+    qwen_experts(file, sizes, config)
 }
 
-fn qwen_experts(file: &File, sizes: &Sizes, normalized: bool, config: &mut Config) -> Result<()> {
+fn qwen_experts(file: &File, sizes: &Sizes, config: &mut Config) -> Result<()> {
     let experts = experts(file, sizes)?;
     let (experts, used) = file.needed("expert_count", experts)?;
     set(config, "num_experts", experts);
     set(config, "num_experts_per_tok", used);
     set(config, "moe_intermediate_size", expert_width(file, sizes, used)?);
-    set(config, "norm_topk_prob", normalized);
+    set(config, "norm_topk_prob", true);
     set(config, "decoder_sparse_step", 1);
     set(config, "mlp_only_layers", json!([]));
     Ok(())
