@@ -66,7 +66,7 @@ impl Manifest {
     ///
     /// # Errors
     /// Input errors for what is missing, cannot be read, or is not what it should be; see
-    /// [`ModelFiles::find`]. A usage error for an adapter's name that is no plain name.
+    /// [`ModelFiles::find`].
     pub fn read(asked: &ModelPaths) -> Result<Self> {
         let mut model = resolved(&asked.model)?;
         let found = ModelFiles::find(&model)?;
@@ -129,8 +129,7 @@ impl Manifest {
 
     /// The name of the staged copy: readable, and different for each state of each model.
     pub fn copy_name(&self) -> String {
-        let safe = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-        let name: String = self.name.chars().map(|c| if safe(c) { c } else { '_' }).collect();
+        let name = safe_name(&self.name);
         let name = name.trim_start_matches('.');
         format!("{}-{}", &name[..name.len().min(80)], self.key)
     }
@@ -178,13 +177,7 @@ impl Listing {
 
     /// The adapter `name` at `path`; returns its path in the copy.
     fn add_adapter(&mut self, name: &str, path: &Path) -> Result<PathBuf> {
-        let safe = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-        if name.is_empty() || name.starts_with('.') || !name.chars().all(safe) {
-            return Err(Error::usage(format!(
-                "--adapter {name}: a name is letters, digits, '.', '_' and '-'"
-            )));
-        }
-        let folder = format!("adapters/{name}/");
+        let folder = self.adapter_folder(name);
         let is_dir = path.is_dir();
         let dir = canonical(if is_dir { path } else { parent(path) }, "--adapter")?;
         let before = self.0.len();
@@ -205,6 +198,17 @@ impl Listing {
         Ok(Path::new(&folder).join(file).components().collect())
     }
 
+    /// `adapters/NAME/`; `adapters/.N-NAME/` in letters that do for a path where the name is
+    /// none, or is taken.
+    fn adapter_folder(&self, name: &str) -> String {
+        let plain = format!("adapters/{name}/");
+        let is_taken = self.0.keys().any(|path| path.starts_with(&plain));
+        if safe_name(name) == name && !name.is_empty() && !name.starts_with('.') && !is_taken {
+            return plain;
+        }
+        format!("adapters/.{}-{}/", self.0.len(), safe_name(name))
+    }
+
     /// Each is opened: a file that cannot be read is a bad model, said before any work.
     fn entries(self) -> Result<Vec<FileEntry>> {
         let entry = |(path, source): (String, PathBuf)| {
@@ -216,6 +220,12 @@ impl Listing {
         };
         self.0.into_iter().map(entry).collect()
     }
+}
+
+/// `name` with `_` for what may mean something in a path.
+fn safe_name(name: &str) -> String {
+    let safe = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    name.chars().map(|c| if safe(c) { c } else { '_' }).collect()
 }
 
 /// The index of shards that a form of checkpoint may have.
@@ -511,13 +521,15 @@ mod tests {
         let at = |name: &str, path: &str| (name.to_owned(), PathBuf::from(path));
         assert_eq!(copy, [at("b", "/copy/adapters/b"), at("a", "/copy/adapters/a/lora.gguf")]);
         assert_eq!(manifest.in_place.adapters[1], ("a".into(), dir.path().join("lora.gguf")));
-        for (adapter, kind) in [
-            (("x", "empty"), ErrorKind::Input),
-            (("x", "none"), ErrorKind::Input),
-            (("../x", "a"), ErrorKind::Usage),
-            (("", "a"), ErrorKind::Usage),
-        ] {
-            assert_eq!(read(&[adapter]).unwrap_err().kind, kind, "{adapter:?}");
+        for (name, folder) in [("../x y", ".1-.._x_y"), ("", ".1-"), (".x", ".1-.x")] {
+            let manifest = read(&[(name, "lora.gguf")]).unwrap();
+            assert_eq!(paths(&manifest)[0], format!("adapters/{folder}/lora.gguf"));
+            assert_eq!(manifest.in_place.adapters[0].0, name);
+        }
+        let twice = read(&[("x", "a"), ("x", "lora.gguf")]).unwrap();
+        assert_eq!(twice.files.len(), 4);
+        for path in ["empty", "none"] {
+            assert_eq!(read(&[("x", path)]).unwrap_err().kind, ErrorKind::Input, "{path}");
         }
     }
 }
