@@ -129,12 +129,7 @@ impl Job {
 
     /// The files that the flags name: model, tokenizer.
     pub fn sources(&self) -> ModelPaths {
-        let adapters = self.model.adapter.iter().map(|a| (a.name.clone(), a.path.clone()));
-        ModelPaths {
-            model: self.model.model.clone(),
-            tokenizer: self.model.tokenizer.clone(),
-            adapters: adapters.collect(),
-        }
+        ModelPaths { model: self.model.model.clone(), tokenizer: self.model.tokenizer.clone() }
     }
 
     /// The flags for another start on the same run: with absolute paths, without those of the

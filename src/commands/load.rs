@@ -15,7 +15,7 @@ use crate::engine::{Guides, Mode, TokenDecoder};
 use crate::kernels::attention::BLOCK_SIZE;
 use crate::model::checkpoint::Contents;
 use crate::model::tokenizer::Tokenizer;
-use crate::model::{Adapter, AdapterSource, Checkpoint, LoadOptions, ModelRunner, Runner};
+use crate::model::{Adapter, Checkpoint, LoadOptions, ModelRunner, Runner};
 use crate::prompts::{AdapterNames, ChatTemplate, Defaults, Preparer};
 use crate::slurm::memory_for_rank;
 use crate::stats::format;
@@ -46,7 +46,8 @@ pub fn load(
     staged: &stage::Staged,
 ) -> Result<Loaded> {
     let world = &*topology.world;
-    let Opened { checkpoint, tokenizer, template, adapters } = agree(world, open(staged, plan))?;
+    let Opened { checkpoint, tokenizer, template, adapters } =
+        agree(world, open(staged, job, plan))?;
     let num_blocks = agree(world, num_blocks(job, rank, topology, plan, &checkpoint, staged))?;
     let num_blocks = least(&*topology.tensor_parallel, num_blocks);
     let comm: Arc<dyn TensorComm> = Arc::new(HostTensorComm::new(topology.tensor_parallel.clone()));
@@ -100,16 +101,13 @@ struct Opened {
 }
 
 /// What can be wrong before any weight is read.
-fn open(staged: &stage::Staged, plan: &RunPlan) -> Result<Opened> {
+fn open(staged: &stage::Staged, job: &Job, plan: &RunPlan) -> Result<Opened> {
     let checkpoint = Checkpoint::open(&staged.model_path)?;
     let given = staged.tokenizer_path.as_deref();
     let contents = checkpoint.contents();
     let template = chat_template(contents, given, plan.started_unix_seconds)?;
     let tokenizer = Arc::new(tokenizer(contents, given)?);
-    let sources = staged.adapter_paths.iter();
-    let sources =
-        sources.map(|(name, path)| AdapterSource { name: name.clone(), path: path.clone() });
-    let adapters = Adapter::open_all(&sources.collect::<Vec<_>>(), checkpoint.config())?;
+    let adapters = Adapter::open_all(&job.model.adapter, checkpoint.config())?;
     Ok(Opened { checkpoint, tokenizer, template, adapters })
 }
 

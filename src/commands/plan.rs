@@ -25,7 +25,6 @@ use crate::prompts::{
     generation_config, guide, spool_stdin,
 };
 use crate::stage::manifest::Manifest;
-use crate::stage::sources::ModelPaths;
 use crate::{Error, Result, kernels, slurm};
 
 /// What every rank needs to know of the run.
@@ -156,8 +155,7 @@ impl PromptsSource {
 /// Input and usage errors that name the file or the flag.
 pub fn check(job: &Job) -> Result<Checked> {
     check_output(job)?;
-    // Adapters have an identity of their own: by content, wherever they lie.
-    let manifest = Manifest::read(&ModelPaths { adapters: Vec::new(), ..job.sources() })?;
+    let manifest = Manifest::read(&job.sources())?;
     let checkpoint = open_checkpoint(job, &manifest)?;
     let max_seq_len = max_seq_len(job, checkpoint.config())?;
     let params = resolve_sampling(job, &checkpoint)?;

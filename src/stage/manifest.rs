@@ -1,9 +1,10 @@
-//! Which files a run needs of a model, a tokenizer and adapters, and the key that names this
-//! state of them.
+//! Which files a run needs of a model and its tokenizer, and the key that names this state
+//! of them.
 //!
 //! In the copy the model's files lie at the top, a tokenizer from elsewhere under
-//! `tokenizer/`, adapters under `adapters/NAME/`: each with the files that lay beside it, so
-//! that a copy means what its sources mean.
+//! `tokenizer/` with the files that lay beside it, so that a copy means what its sources
+//! mean. Left out: adapters, which are small, and for which a model that is there already
+//! would have to be copied again.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -28,9 +29,6 @@ const TEXT_FILES: [&str; 4] = [
 /// Vocabularies.
 const TOKENIZER_FILES: [&str; 5] =
     ["tokenizer.json", "tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt"];
-/// What an adapter's directory may hold.
-const ADAPTER_FILES: [&str; 3] =
-    ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"];
 
 /// One file of the model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,12 +95,7 @@ impl Manifest {
         }
         below_copy.tokenizer =
             tokenizer.as_deref().map(|path| listing.add_tokenizer(path)).transpose()?;
-        let mut in_place = ModelPaths { model, tokenizer, adapters: Vec::new() };
-        for (name, path) in &asked.adapters {
-            let path = resolved(path)?;
-            below_copy.adapters.push((name.clone(), listing.add_adapter(name, &path)?));
-            in_place.adapters.push((name.clone(), path));
-        }
+        let in_place = ModelPaths { model, tokenizer };
         let files = listing.entries()?;
         Ok(Self { name, key: key_of(&files), files, in_place, below_copy })
     }
@@ -119,12 +112,8 @@ impl Manifest {
             true => copy.to_owned(),
             false => copy.join(path),
         };
-        let ModelPaths { model, tokenizer, adapters } = &self.below_copy;
-        ModelPaths {
-            model: below(model),
-            tokenizer: tokenizer.as_ref().map(below),
-            adapters: adapters.iter().map(|(name, path)| (name.clone(), below(path))).collect(),
-        }
+        let ModelPaths { model, tokenizer } = &self.below_copy;
+        ModelPaths { model: below(model), tokenizer: tokenizer.as_ref().map(below) }
     }
 
     /// The name of the staged copy: readable, and different for each state of each model.
@@ -173,40 +162,6 @@ impl Listing {
         // They may name the tokens that end a text.
         self.add(FOLDER, &dir, &CONFIG_FILES[..2]);
         Ok(Path::new("tokenizer").join(file).components().collect())
-    }
-
-    /// The adapter `name` at `path`; returns its path in the copy.
-    fn add_adapter(&mut self, name: &str, path: &Path) -> Result<PathBuf> {
-        let folder = self.adapter_folder(name);
-        let is_dir = path.is_dir();
-        let dir = canonical(if is_dir { path } else { parent(path) }, "--adapter")?;
-        let before = self.0.len();
-        let file = if is_dir { "" } else { file_name(path)? };
-        match Path::new(file).extension() {
-            // A GGUF file needs no configuration beside it.
-            Some(ending) if ending.eq_ignore_ascii_case("gguf") => self.add(&folder, &dir, &[file]),
-            Some(_) => self.add(&folder, &dir, &[file, ADAPTER_FILES[0]]),
-            None => self.add(&folder, &dir, &ADAPTER_FILES),
-        }
-        if self.0.len() == before {
-            return Err(Error::input(format!(
-                "--adapter {}: no adapter (a directory with adapter_model.safetensors or \
-                 adapter_model.bin, or a GGUF file)",
-                path.display()
-            )));
-        }
-        Ok(Path::new(&folder).join(file).components().collect())
-    }
-
-    /// `adapters/NAME/`; `adapters/.N-NAME/` in letters that do for a path where the name is
-    /// none, or is taken.
-    fn adapter_folder(&self, name: &str) -> String {
-        let plain = format!("adapters/{name}/");
-        let is_taken = self.0.keys().any(|path| path.starts_with(&plain));
-        if safe_name(name) == name && !name.is_empty() && !name.starts_with('.') && !is_taken {
-            return plain;
-        }
-        format!("adapters/.{}-{}/", self.0.len(), safe_name(name))
     }
 
     /// Each is opened: a file that cannot be read is a bad model, said before any work.
@@ -396,21 +351,15 @@ mod tests {
             ("m/tokenizer.json", "own"),
             ("t/tokenizer.json", "{}"),
             ("t/config.json", "{}"),
-            ("a/adapter_model.safetensors", "x"),
-            ("a/adapter_config.json", "{}"),
         ]);
-        let asked = ModelPaths {
-            model: dir.path().join("m"),
-            tokenizer: Some(dir.path().join("t")),
-            adapters: vec![("style".into(), dir.path().join("a"))],
-        };
+        let asked =
+            ModelPaths { model: dir.path().join("m"), tokenizer: Some(dir.path().join("t")) };
         let key = |asked: &ModelPaths| Manifest::read(asked).unwrap().key;
         let before = key(&asked);
         assert_eq!(before, key(&asked));
         assert_ne!(before, key(&ModelPaths { tokenizer: None, ..asked.clone() }));
-        assert_ne!(before, key(&ModelPaths { adapters: vec![], ..asked.clone() }));
         let unused = "m/tokenizer.json";
-        for changed in [unused, "m/model.safetensors", "t/config.json", "a/adapter_config.json"] {
+        for changed in [unused, "m/model.safetensors", "t/config.json"] {
             let last = key(&asked);
             fs::write(dir.path().join(changed), "something longer").unwrap();
             assert_eq!(key(&asked) == last, changed == unused, "{changed}");
@@ -492,44 +441,5 @@ mod tests {
         let copy = manifest.in_copy(Path::new("/copy"));
         assert_eq!(copy.tokenizer, Some("/copy/tokenizer/tokenizer.model".into()));
         assert_eq!(paths(&read(dir.path().join("gguf")).unwrap()), ["a.gguf"]);
-    }
-
-    #[test]
-    fn adapters_lie_under_their_names() {
-        let dir = files(&[
-            ("m/model.safetensors", "x"),
-            ("a/adapter_config.json", "{}"),
-            ("a/adapter_model.safetensors", "x"),
-            ("a/optimizer.pt", "x"),
-            ("lora.gguf", "x"),
-            ("empty/README.md", "x"),
-        ]);
-        let read = |adapters: &[(&str, &str)]| {
-            let adapter = |(name, path): &(&str, &str)| (name.to_string(), dir.path().join(path));
-            let adapters = adapters.iter().map(adapter).collect();
-            Manifest::read(&ModelPaths { adapters, ..ModelPaths::of(dir.path().join("m")) })
-        };
-        let manifest = read(&[("b", "a"), ("a", "lora.gguf")]).unwrap();
-        let expected = [
-            "adapters/a/lora.gguf",
-            "adapters/b/adapter_config.json",
-            "adapters/b/adapter_model.safetensors",
-            "model.safetensors",
-        ];
-        assert_eq!(paths(&manifest), expected);
-        let copy = manifest.in_copy(Path::new("/copy")).adapters;
-        let at = |name: &str, path: &str| (name.to_owned(), PathBuf::from(path));
-        assert_eq!(copy, [at("b", "/copy/adapters/b"), at("a", "/copy/adapters/a/lora.gguf")]);
-        assert_eq!(manifest.in_place.adapters[1], ("a".into(), dir.path().join("lora.gguf")));
-        for (name, folder) in [("../x y", ".1-.._x_y"), ("", ".1-"), (".x", ".1-.x")] {
-            let manifest = read(&[(name, "lora.gguf")]).unwrap();
-            assert_eq!(paths(&manifest)[0], format!("adapters/{folder}/lora.gguf"));
-            assert_eq!(manifest.in_place.adapters[0].0, name);
-        }
-        let twice = read(&[("x", "a"), ("x", "lora.gguf")]).unwrap();
-        assert_eq!(twice.files.len(), 4);
-        for path in ["empty", "none"] {
-            assert_eq!(read(&[("x", path)]).unwrap_err().kind, ErrorKind::Input, "{path}");
-        }
     }
 }

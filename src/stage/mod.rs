@@ -41,7 +41,7 @@ const LOCK_POLL: Duration = Duration::from_millis(100);
 /// What to stage and where.
 #[derive(Debug, Clone)]
 pub struct StageOptions {
-    /// `--model`, `--tokenizer` and adapters, as they were given.
+    /// `--model` and `--tokenizer`, as they were given.
     pub sources: ModelPaths,
     /// `--stage-dir`; may differ between nodes.
     pub stage_dir: PathBuf,
@@ -97,8 +97,6 @@ pub struct Staged {
     pub model_path: PathBuf,
     /// The tokenizer, where it is not the model's own.
     pub tokenizer_path: Option<PathBuf>,
-    /// The adapters by name.
-    pub adapter_paths: Vec<(String, PathBuf)>,
     /// What staging did.
     pub report: StageReport,
     /// Held by the node's leader.
@@ -107,14 +105,8 @@ pub struct Staged {
 
 impl Staged {
     fn new(paths: ModelPaths, report: StageReport, lease: Option<Lease>) -> Self {
-        let ModelPaths { model, tokenizer, adapters } = paths;
-        Self {
-            model_path: model,
-            tokenizer_path: tokenizer,
-            adapter_paths: adapters,
-            report,
-            lease,
-        }
+        let ModelPaths { model, tokenizer } = paths;
+        Self { model_path: model, tokenizer_path: tokenizer, report, lease }
     }
 
     /// Releases the copy once all ranks of the node are done with it; the last job on

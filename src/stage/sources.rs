@@ -14,8 +14,6 @@ pub struct ModelPaths {
     pub model: PathBuf,
     /// A tokenizer that is not in the model's directory: a file, or a directory with one.
     pub tokenizer: Option<PathBuf>,
-    /// Adapters by name, each a directory or a file.
-    pub adapters: Vec<(String, PathBuf)>,
 }
 
 impl ModelPaths {

@@ -272,20 +272,15 @@ fn no_stage_reads_the_model_where_it_is() {
     assert!(is_empty(&nodes[0]));
 }
 
-/// A tokenizer above the model and an adapter elsewhere: the copy has them all, and every
-/// rank is told where.
+/// A tokenizer above the model: the copy has it, and every rank is told where.
 #[test]
 fn what_lies_elsewhere_comes_into_the_copy() {
     let (model, nodes) = (model(), nodes(2));
     let extra = tempfile::tempdir().unwrap();
     fs::write(extra.path().join("tokenizer.model"), "pieces").unwrap();
-    let adapter = extra.path().join("adapter");
-    fs::create_dir(&adapter).unwrap();
-    fs::write(adapter.join("adapter_model.safetensors"), "x").unwrap();
     let sources = ModelPaths {
         model: model.path().into(),
         tokenizer: Some(extra.path().join("tokenizer.model")),
-        adapters: vec![("style".into(), adapter)],
     };
     for no_stage in [false, true] {
         let with_all = |_: usize, options: &mut StageOptions| {
@@ -294,13 +289,9 @@ fn what_lies_elsewhere_comes_into_the_copy() {
         staged(model.path(), &nodes, with_all, |topology, staged| {
             let staged = staged.unwrap();
             let tokenizer = staged.tokenizer_path.clone().unwrap();
-            let (name, adapter) = &staged.adapter_paths[0];
             assert_eq!(fs::read(&tokenizer).unwrap(), b"pieces");
-            assert_eq!((name.as_str(), adapter.is_dir()), ("style", true));
-            for path in [&tokenizer, adapter] {
-                let below = path.starts_with(nodes[topology.node_index].path());
-                assert_eq!(below, !no_stage, "{}", path.display());
-            }
+            let below = tokenizer.starts_with(nodes[topology.node_index].path());
+            assert_eq!(below, !no_stage, "{}", tokenizer.display());
             staged.finish(topology);
         });
         assert!(nodes.iter().all(is_empty));

@@ -12,7 +12,8 @@
 //! layer's rows, and A's columns where it has the layer's columns; the latter's products are
 //! added before the ranks' sum.
 //!
-//! Left out: adapters of norms and biases, several adapters on one row, and writing.
+//! Left out: adapters of norms and biases, several adapters on one row, staging (every rank
+//! maps the files where they lie), and writing.
 
 mod delta;
 mod gguf;

@@ -5,6 +5,7 @@ use std::path::{Component, Path, PathBuf};
 
 use serde_json::Value;
 
+use super::table::MappedFile;
 use super::{gguf, meta};
 use crate::{Error, Result};
 
@@ -110,7 +111,17 @@ fn gguf_models(dir: &Path) -> Result<Vec<PathBuf>> {
             first_parts.extend(gguf::split_paths(&path)?.into_iter().next());
         }
     }
+    // An adapter beside its model is no second model.
+    if first_parts.len() > 1 {
+        first_parts.retain(|path| !is_adapter(path));
+    }
     Ok(first_parts.into_iter().collect())
+}
+
+fn is_adapter(path: &Path) -> bool {
+    let mapped = MappedFile::open_all(&[path.to_owned()]);
+    let read = mapped.and_then(|files| files.iter().map(|file| file.read(gguf::read)).collect());
+    read.is_ok_and(|files: Vec<_>| files.iter().all(|file| gguf::is_adapter(&file.metadata)))
 }
 
 /// The file `name` in `dir`, or the shards that `NAME.index.json` names; none where there is
@@ -158,6 +169,20 @@ fn shard(dir: &Path, name: &str) -> Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_adapter_beside_a_gguf_model_is_no_second_model() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/gguf");
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["llama_f32.gguf", "llama_lora.gguf"] {
+            std::fs::copy(golden.join(name), dir.path().join(name)).unwrap();
+        }
+        let found = ModelFiles::find(dir.path()).unwrap();
+        assert_eq!(found.weights, [dir.path().join("llama_f32.gguf")]);
+        let several = ModelFiles::find(&golden).unwrap_err();
+        assert!(several.message.contains("name one of them"), "{several}");
+        assert!(!several.message.contains("llama_lora"), "{several}");
+    }
 
     #[test]
     fn an_index_cannot_leave_its_directory_or_name_what_is_missing() {
