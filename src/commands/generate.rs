@@ -293,6 +293,10 @@ fn write_again(
         let written = merge(&mut claims, &mut membership, file.as_deref(), 0.0, stop, || {
             output.merge(journals.lines()?, total)
         });
+        // Another launch may have written it meanwhile: what was begun here goes.
+        if matches!(written, Ok(Some(_))) {
+            output.abandon();
+        }
         membership.leave(if written.is_ok() { "complete" } else { "failed" });
         written
     };

@@ -144,13 +144,18 @@ impl Coordinator {
         let file = output.file().map(Path::to_owned);
         let claims = self.dealer.feed.claims_mut();
         let member = &mut self.membership;
-        merge(claims, member, file.as_deref(), self.now_seconds, stop, || {
+        let written = merge(claims, member, file.as_deref(), self.now_seconds, stop, || {
             if output.is_ordered() {
                 output.finish(total)
             } else {
                 output.merge(read_stored()?, total)
             }
-        })
+        });
+        // Another launch may have written it: what was begun here goes.
+        if matches!(written, Ok(Some(_))) {
+            self.output.abandon();
+        }
+        written
     }
 
     fn fail(&mut self, error: Error) {
