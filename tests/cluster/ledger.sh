@@ -151,7 +151,8 @@ strike() {
     "strike_$how" || return 1
     kills_done=$((kills_done + 1))
     kinds[$how]=$((${kinds[$how]:-0} + 1))
-    eventually 60 at_rest || fail "after kill $kills_done ($how) job $job is $(job_state "$job")"
+    # A job that ends while it is being cancelled may stay in COMPLETING until Slurm asks its nodes again, minutes later.
+    eventually 300 at_rest || fail "after kill $kills_done ($how) job $job is $(job_state "$job")"
 }
 
 is_at_its_end() { case $(job_state "$job") in PENDING | RUNNING | COMPLETING | CONFIGURING) return 1 ;; esac; }
