@@ -6,10 +6,10 @@
 //! [`model::StepBatch`] into logits with the CPU [`kernels`]; [`ledger`] writes
 //! the finished records and puts them in input order at rank 0. [`stage`] brings
 //! the model to every node first, [`comm`] is how ranks talk, [`slurm`] knows the
-//! job, [`stats`] counts. [`cli`] holds the flags, [`commands`] one story a
+//! job, [`stats`] counts. [`train`] fine-tunes: LoRA adapters beside the frozen model. [`cli`] holds the flags, [`commands`] one story a
 //! subcommand.
 //!
-//! Imports run one way: commands → {engine, stage, ledger, prompts, stats, slurm}
+//! Imports run one way: commands → {engine, train, stage, ledger, prompts, stats, slurm}
 //! → model → {kernels, comm} → error.
 
 pub mod cli;
@@ -21,9 +21,11 @@ pub mod files;
 pub mod kernels;
 pub mod ledger;
 pub mod model;
+pub mod philox;
 pub mod prompts;
 pub mod slurm;
 pub mod stage;
 pub mod stats;
+pub mod train;
 
 pub use error::{Error, ErrorKind, Result};

@@ -9,10 +9,12 @@
 //! bf16/AMX matrix instructions, whose sums round differently.
 
 pub mod attention;
+pub mod backward;
 pub mod gemm;
 pub mod ops;
 pub mod parallel;
 pub mod quant;
+pub mod segments;
 pub mod simd;
 
 use std::sync::OnceLock;

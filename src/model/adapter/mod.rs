@@ -20,6 +20,7 @@ mod gguf;
 mod modules;
 mod peft;
 mod rows;
+pub mod write;
 
 #[cfg(test)]
 mod tests;

@@ -1,0 +1,13 @@
+//! Fine-tuning: LoRA adapters trained beside a frozen model, data parallel and tensor
+//! parallel.
+//!
+//! [`data`] turns a file into examples and says which of them a step trains on. The model is
+//! that of [`crate::model`] loaded again with what backward passes need: no tape, but a
+//! forward that keeps a few tensors a layer and a backward written beside it.
+
+pub mod adamw;
+pub mod checkpoint;
+pub mod data;
+pub mod early_stopping;
+pub mod metrics;
+pub mod schedule;
