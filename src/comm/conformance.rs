@@ -166,7 +166,7 @@ fn topology(comm: Arc<dyn Communicator>) {
         assert_eq!(topology.tensor_parallel.size(), tensor_parallel);
         assert_eq!(topology.tensor_parallel.rank(), rank % tensor_parallel);
         let leads = rank % tensor_parallel == 0;
-        assert_eq!(topology.data_parallel.is_some(), leads);
+        assert_eq!(topology.group_leaders().is_some(), leads);
         let ranks_of_nodes: usize = match &topology.leaders {
             Some(leaders) => leaders
                 .all_gather(&[topology.node.size() as u8])

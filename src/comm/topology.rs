@@ -53,8 +53,9 @@ pub struct Topology {
     pub leaders: Option<Arc<dyn Communicator>>,
     /// The ranks that hold one model's shards together with this one.
     pub tensor_parallel: Arc<dyn Communicator>,
-    /// The leaders of all tensor-parallel groups, world rank 0 first; `None` on the others.
-    pub data_parallel: Option<Arc<dyn Communicator>>,
+    /// The ranks that have this one's place in their tensor-parallel groups; for the groups'
+    /// leaders, the leaders, world rank 0 first.
+    pub data_parallel: Arc<dyn Communicator>,
     /// How world ranks fall into tensor-parallel groups.
     pub layout: GroupLayout,
     /// This node, `0..num_nodes`.
@@ -79,8 +80,7 @@ impl Topology {
         node.broadcast(0, &mut place);
         let place = u128::from_le_bytes(place);
         let tensor_parallel = world.split(layout.group(rank), rank);
-        let heads_group = layout.tensor_parallel_rank(rank) == 0;
-        let data_parallel = member(heads_group, world.split(usize::from(!heads_group), rank));
+        let data_parallel = world.split(layout.tensor_parallel_rank(rank), rank);
         Ok(Self {
             world,
             node,
@@ -91,6 +91,11 @@ impl Topology {
             node_index: place as u64 as usize,
             num_nodes: (place >> 64) as usize,
         })
+    }
+
+    /// The leaders of all tensor-parallel groups; `None` on the other ranks.
+    pub fn group_leaders(&self) -> Option<&Arc<dyn Communicator>> {
+        (self.tensor_parallel.rank() == 0).then_some(&self.data_parallel)
     }
 
     /// Whether this rank leads its node.
@@ -165,13 +170,10 @@ mod tests {
     fn tensor_and_data_parallel_groups_cross() {
         let places = LocalComm::run(4, |world| {
             let topology = Topology::new(world, 2).unwrap();
-            let data_parallel =
-                topology.data_parallel.as_ref().map(|group| (group.rank(), group.size()));
-            (topology.tensor_parallel.rank(), topology.tensor_parallel.size(), data_parallel)
+            let groups = [topology.tensor_parallel, topology.data_parallel];
+            groups.map(|group| (group.rank(), group.size()))
         });
-        assert_eq!(
-            places,
-            [(0, 2, Some((0, 2))), (1, 2, None), (0, 2, Some((1, 2))), (1, 2, None)]
-        );
+        let expected = [[0, 0], [1, 0], [0, 1], [1, 1]].map(|ranks| ranks.map(|rank| (rank, 2)));
+        assert_eq!(places, expected);
     }
 }

@@ -397,7 +397,7 @@ impl Run<'_> {
         events: &mut EventLog,
     ) -> Result<Ended> {
         let world = &*self.topology.world;
-        let leaders = self.topology.data_parallel.as_ref();
+        let leaders = self.topology.group_leaders();
         let journal = agree(world, leaders.map(|all| self.journal(all.rank())).transpose())?;
         let coordinator =
             owner.zip(leaders).map(|(owner, all)| self.coordinator(all.clone(), owner)).transpose();

@@ -218,9 +218,25 @@ fn softmax_in_tier(tier: Tier, x: &mut [f32], width: usize) {
 
 #[inline(always)]
 unsafe fn softmax_row<S: Simd>(row: &mut [f32]) {
+    let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut sum = 0.0;
+    // SAFETY: the features of the tier, by the caller.
+    unsafe { exponentials::<S>(row, top, &mut sum) };
+    row.iter_mut().for_each(|x| *x /= sum);
+}
+
+/// Replaces each value by the exponential of its distance to `top`; returns their sum.
+pub fn exp_of_distances(row: &mut [f32], top: f32) -> f32 {
+    let mut sum = 0.0;
+    let out = &mut sum;
+    dispatch!(tier(), exponentials, row: &mut [f32], top: f32, out: &mut f32);
+    sum
+}
+
+#[inline(always)]
+unsafe fn exponentials<S: Simd>(row: &mut [f32], top: f32, sum_of_all: &mut f32) {
     // SAFETY: whole vectors; a tail goes through a padded array.
     unsafe {
-        let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let (vectors, tail) = row.as_chunks_mut::<LANES>();
         let mut sum = S::splat(0.0);
         for v in vectors {
@@ -235,8 +251,7 @@ unsafe fn softmax_row<S: Simd>(row: &mut [f32]) {
             tail.copy_from_slice(&v[..tail.len()]);
             sum = S::add(sum, S::load(v.as_ptr()));
         }
-        let sum = S::sum(sum);
-        row.iter_mut().for_each(|x| *x /= sum);
+        *sum_of_all = S::sum(sum);
     }
 }
 

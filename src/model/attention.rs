@@ -1,11 +1,13 @@
 //! Attention of one layer: projections, norms and rotations of queries and keys, the KV
 //! cache, the way out.
 
+use std::ops::Range;
+
 use candle_core::Tensor;
 
 use super::config::{AttentionSplit, ModelConfig, Positions};
 use super::kv_cache::LayerCache;
-use super::layers::{ColumnParallelLinear, Loader, Norm, RowParallelLinear};
+use super::layers::{ColumnParallelLinear, Loader, Norm, RowParallelLinear, share};
 use super::names::{Names, Place, at};
 use super::ops;
 use super::step::Step;
@@ -34,6 +36,41 @@ enum OutputProjection {
     Replicated(ColumnParallelLinear),
 }
 
+/// A rank's place in its tensor-parallel group.
+#[derive(Debug, Clone, Copy)]
+pub struct Group {
+    /// This rank.
+    pub rank: usize,
+    /// Ranks.
+    pub size: usize,
+}
+
+impl Group {
+    /// The loader's.
+    pub fn of(l: &Loader) -> Self {
+        Self { rank: l.comm.rank(), size: l.comm.size() }
+    }
+
+    /// This rank's query heads and KV heads. Where there are more ranks than KV heads,
+    /// neighbours share one.
+    pub fn heads(self, config: &ModelConfig) -> (Range<usize>, Range<usize>) {
+        let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
+        if config.attention_split(self.size) != Some(AttentionSplit::Heads) {
+            return (0..heads, 0..kv_heads);
+        }
+        let first_kv = self.rank * kv_heads / self.size;
+        let kv = first_kv..first_kv + config.local_kv_heads(self.size);
+        (share(heads, self.rank, self.size), kv)
+    }
+
+    /// Where this rank's queries, keys and values of a layer lie.
+    pub fn qkv_places(self, config: &ModelConfig, names: &Names, layer: usize) -> [Place; 3] {
+        let shape = [config.num_attention_heads, config.num_key_value_heads, config.head_dim];
+        let (q, kv) = self.heads(config);
+        names.qkv.places(layer, shape, q, kv)
+    }
+}
+
 impl Attention {
     /// Heads of a rank in a group of `size`.
     pub fn heads(config: &ModelConfig, size: usize) -> Heads {
@@ -51,21 +88,13 @@ impl Attention {
     /// See [`super::checkpoint::TensorTable::matrix`].
     pub fn load(l: &Loader, config: &ModelConfig, layer: usize) -> Result<Self> {
         let (hidden, d, names) = (config.hidden_size, config.head_dim, config.names);
-        let (num_heads, num_kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
-        let split = config.attention_split(l.comm.size()) == Some(AttentionSplit::Heads);
-        let heads = Self::heads(config, l.comm.size());
-        let (q, first_kv) = match split {
-            // Where there are more ranks than KV heads, neighbours share one.
-            true => (l.share(num_heads), l.comm.rank() * num_kv_heads / l.comm.size()),
-            false => (0..num_heads, 0),
-        };
-        let kv = first_kv..first_kv + heads.kv_heads;
-        let shape = [num_heads, num_kv_heads, d];
+        let num_heads = config.num_attention_heads;
+        let group = Group::of(l);
+        let split = config.attention_split(group.size) == Some(AttentionSplit::Heads);
+        let heads = Self::heads(config, group.size);
+        let (q, _) = group.heads(config);
         let [q_proj, k_proj, v_proj] = [0, 1, 2].map(|part| {
-            let place = |names: &Names| {
-                let [q, k, v] = names.qkv.places(layer, shape, q.clone(), kv.clone());
-                [q, k, v].into_iter().nth(part).unwrap_or_else(|| unreachable!("one of three"))
-            };
+            let place = |names: &Names| group.qkv_places(config, names, layer)[part].clone();
             let rotated = (part < 2).then_some(d);
             ColumnParallelLinear::load(l, &place, hidden, config.attention_bias, rotated)
         });

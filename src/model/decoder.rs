@@ -52,16 +52,8 @@ impl Decoder {
         let config = l.source.config();
         config.check_tensor_parallel(l.comm.size())?;
         let names = config.names;
-        let shape = [config.vocab_size, config.hidden_size];
-        let embed_tokens = VocabParallel::load(l, names.embed_tokens, shape)?;
+        let (embed_tokens, lm_head) = load_vocabulary(l)?;
         let embed_tokens = embed_tokens.with_embedding_adapters(l)?;
-        // Some tied checkpoints carry the output projection all the same.
-        let has_head = l.source.tensors().contains(&format!("{}.weight", names.lm_head));
-        let lm_head = if config.tie_word_embeddings && !has_head {
-            embed_tokens.tied()
-        } else {
-            VocabParallel::load(l, names.lm_head, shape)?
-        };
         let lm_head = lm_head.with_logits_adapters(l)?;
         let layers = (0..config.num_hidden_layers)
             .map(|i| DecoderLayer::load(l, config, i))
@@ -117,6 +109,25 @@ impl Decoder {
         }
         Ok(logits)
     }
+}
+
+/// Embedding and output projection, which may be one.
+///
+/// # Errors
+/// See [`VocabParallel::load`].
+pub fn load_vocabulary(l: &Loader) -> Result<(VocabParallel, VocabParallel)> {
+    let config = l.source.config();
+    let names = config.names;
+    let shape = [config.vocab_size, config.hidden_size];
+    let embed_tokens = VocabParallel::load(l, names.embed_tokens, shape)?;
+    // Some tied checkpoints carry the output projection all the same.
+    let has_head = l.source.tensors().contains(&format!("{}.weight", names.lm_head));
+    let lm_head = if config.tie_word_embeddings && !has_head {
+        embed_tokens.tied()
+    } else {
+        VocabParallel::load(l, names.lm_head, shape)?
+    };
+    Ok((embed_tokens, lm_head))
 }
 
 fn wanted_rows(batch: &StepBatch) -> Vec<usize> {

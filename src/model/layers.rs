@@ -20,6 +20,7 @@ use super::ops;
 use super::weights::{Weight, WeightDtype};
 use crate::Result;
 use crate::comm::TensorComm;
+use crate::kernels::backward;
 use crate::kernels::ops as kernel;
 use crate::kernels::quant::QuantType;
 
@@ -82,7 +83,8 @@ fn for_width(dtype: WeightDtype, width: usize) -> Option<WeightDtype> {
         .map(WeightDtype::Quant)
 }
 
-fn share(n: usize, rank: usize, size: usize) -> Range<usize> {
+/// The even share of `n` of a rank in a group of `size`.
+pub fn share(n: usize, rank: usize, size: usize) -> Range<usize> {
     let at = |r: usize| r * (n / size) + r.min(n % size);
     at(rank)..at(rank + 1)
 }
@@ -115,6 +117,11 @@ impl Norm {
         Ok(Self { weight, bias, eps: config.norm_eps })
     }
 
+    /// Values that are normed together.
+    pub fn width(&self) -> usize {
+        self.weight.len()
+    }
+
     /// Each row normed.
     ///
     /// # Errors
@@ -129,8 +136,21 @@ impl Norm {
     /// Each run of as many values as the norm is wide, normed: heads, or rows.
     pub fn rows(&self, x: &[f32]) -> Vec<f32> {
         let mut out = vec![0.0; x.len()];
-        kernel::rms_norm(x, &self.weight, self.eps, &mut out);
+        match &self.bias {
+            None => kernel::rms_norm(x, &self.weight, self.eps, &mut out),
+            bias => kernel::layer_norm(x, &self.weight, bias.as_deref(), self.eps, &mut out),
+        }
         out
+    }
+
+    /// The gradient of `x` from that of [`Norm::rows`] of it.
+    pub fn backward(&self, x: &[f32], dy: &[f32]) -> Vec<f32> {
+        let mut dx = vec![0.0; x.len()];
+        match &self.bias {
+            None => backward::rms_norm(x, &self.weight, self.eps, dy, &mut dx),
+            Some(_) => backward::layer_norm(x, &self.weight, self.eps, dy, &mut dx),
+        }
+        dx
     }
 }
 
@@ -314,6 +334,11 @@ impl VocabParallel {
             of_logits: Deltas::default(),
             comm: self.comm.clone(),
         }
+    }
+
+    /// The matrix of this rank's rows, and which ids they are.
+    pub fn shared(&self) -> (Arc<Weight>, Range<usize>) {
+        (self.weight.clone(), self.ids.clone())
     }
 
     /// Whether both are views of one matrix.

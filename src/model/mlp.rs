@@ -71,21 +71,14 @@ impl Mlp {
     fn load(l: &Loader, config: &ModelConfig, layer: usize) -> Result<Self> {
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let share = l.share(inner);
-        let column = |is_gate: bool| {
-            let place = |names: &Names| {
-                let (name, parts, part) = match names.gate_up {
-                    GateUp::Split([gate, up]) => (if is_gate { gate } else { up }, 1, 0),
-                    GateUp::Concatenated(both) => (both, 2, usize::from(!is_gate)),
-                    GateUp::Up(up) => (up, 1, 0),
-                };
-                let rows = part * inner + share.start..part * inner + share.end;
-                Place::new(at(name, layer), parts * inner, rows)
-            };
-            ColumnParallelLinear::load(l, &place, hidden, config.mlp_bias, None)
+        let places = |names: &Names| names.gate_up.places(layer, inner, share.clone());
+        let column = |place: &dyn Fn(&Names) -> Place| {
+            ColumnParallelLinear::load(l, place, hidden, config.mlp_bias, None)
         };
+        let gate = |names: &Names| places(names).0.unwrap_or_else(|| places(names).1);
         let has_gate = !matches!(config.names.gate_up, GateUp::Up(_));
-        let gate_proj = has_gate.then(|| column(true)).transpose()?;
-        let up_proj = column(false)?;
+        let gate_proj = has_gate.then(|| column(&gate)).transpose()?;
+        let up_proj = column(&|names| places(names).1)?;
         let down = |names: &Names| Place::new(at(names.down_proj, layer), hidden, 0..hidden);
         let down_proj = RowParallelLinear::load(l, &down, inner, share.clone(), config.mlp_bias)?;
         Ok(Self { activation: config.activation, gate_proj, up_proj, down_proj })

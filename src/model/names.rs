@@ -90,6 +90,12 @@ impl Place {
         self.rows.iter().map(ExactSizeIterator::len).sum()
     }
 
+    /// The rows of both, one after the other; they lie in one tensor.
+    pub fn and(mut self, other: Place) -> Place {
+        self.rows.extend(other.rows);
+        joined(self)
+    }
+
     /// Whether no row is meant.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -224,6 +230,27 @@ impl Qkv {
                 };
                 [place(heads.map(head).collect()), place(kv(0)), place(kv(1))].map(joined)
             }
+        }
+    }
+}
+
+impl GateUp {
+    /// Where the inner features `share` of the `inner` of a layer lie: gate, if there is one,
+    /// and up.
+    pub fn places(
+        &self,
+        layer: usize,
+        inner: usize,
+        share: Range<usize>,
+    ) -> (Option<Place>, Place) {
+        let place = |name: &str, parts: usize, part: usize| {
+            let rows = part * inner + share.start..part * inner + share.end;
+            Place::new(at(name, layer), parts * inner, rows)
+        };
+        match self {
+            GateUp::Split([gate, up]) => (Some(place(gate, 1, 0)), place(up, 1, 0)),
+            GateUp::Concatenated(both) => (Some(place(both, 2, 0)), place(both, 2, 1)),
+            GateUp::Up(up) => (None, place(up, 1, 0)),
         }
     }
 }

@@ -5,6 +5,7 @@ use super::batch::StepBatch;
 use super::config::{ModelConfig, Positions};
 use super::rope::RotaryEmbedding;
 use crate::kernels::attention::Rows;
+use crate::kernels::backward;
 use crate::kernels::ops::rotate;
 
 /// The rotary embeddings of a model: one for all layers, or another for those with a window.
@@ -63,6 +64,22 @@ impl<'a> Step<'a> {
 
     /// Rotates the heads of each row of `x`, `row_width` values wide.
     pub fn rotate(&self, x: &mut [f32], row_width: usize, head_dim: usize, has_window: bool) {
+        self.rotate_by(rotate, x, row_width, head_dim, has_window);
+    }
+
+    /// The gradient of what [`Step::rotate`] took, from that of what it gave.
+    pub fn rotate_back(&self, x: &mut [f32], row_width: usize, head_dim: usize, has_window: bool) {
+        self.rotate_by(backward::rotate, x, row_width, head_dim, has_window);
+    }
+
+    fn rotate_by(
+        &self,
+        rotate: impl Fn(&mut [f32], usize, usize, bool, &[f32], &[f32]),
+        x: &mut [f32],
+        row_width: usize,
+        head_dim: usize,
+        has_window: bool,
+    ) {
         let local = self.local.as_ref().filter(|_| has_window);
         let Some(table) = local.or(self.global.as_ref()) else { return };
         let half = table.rope.rotary_dim() / 2;

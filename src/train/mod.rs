@@ -6,8 +6,17 @@
 //! forward that keeps a few tensors a layer and a backward written beside it.
 
 pub mod adamw;
+pub mod batch;
 pub mod checkpoint;
 pub mod data;
+pub mod dropout;
 pub mod early_stopping;
+pub mod layer;
+pub mod linear;
+pub mod lora;
+pub mod loss;
 pub mod metrics;
+pub mod model;
+pub mod parameters;
 pub mod schedule;
+pub mod trainer;

@@ -17,7 +17,7 @@
 
 mod delta;
 mod gguf;
-mod modules;
+pub mod modules;
 mod peft;
 mod rows;
 pub mod write;
@@ -27,6 +27,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
+use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -214,15 +215,28 @@ impl Adapter {
     /// keys, in the model's order.
     fn in_base_order(&self, place: Place, head_dim: Option<usize>) -> Place {
         let (Some(reorder), Some(d)) = (self.reorder, head_dim) else { return place };
-        let half = d / 2;
-        let from = |at: usize| match reorder {
-            Reorder::Interleave => at % 2 * half + at / 2,
-            Reorder::Separate => at % half * 2 + at / half,
-        };
-        let rows: Vec<usize> = place.rows.into_iter().flatten().collect();
-        let heads = rows.chunks_exact(d);
-        let rows = heads.flat_map(|head| (0..d).map(move |at| head[from(at)])).map(|r| r..r + 1);
+        let rows = reordered(&place.rows, d, reorder).into_iter().map(|r| r..r + 1);
         Place { rows: rows.collect(), ..place }
+    }
+}
+
+/// The rows `rows`, heads of width `d`, one by one in the other order.
+fn reordered(rows: &[Range<usize>], d: usize, reorder: Reorder) -> Vec<usize> {
+    let half = d / 2;
+    let from = |at: usize| match reorder {
+        Reorder::Interleave => at % 2 * half + at / 2,
+        Reorder::Separate => at % half * 2 + at / half,
+    };
+    let rows: Vec<usize> = rows.iter().cloned().flatten().collect();
+    rows.chunks_exact(d).flat_map(|head| (0..d).map(move |at| head[from(at)])).collect()
+}
+
+/// Which rows of the matrix in Hugging Face's form the rows of this model are: `place` is
+/// that of some rows there, which are heads of width `head_dim` where they are queries or keys.
+pub fn hf_rows(base: &ModelConfig, place: &Place, head_dim: Option<usize>) -> Vec<usize> {
+    match head_dim.filter(|_| is_interleaved(base)) {
+        Some(d) => reordered(&place.rows, d, Reorder::Interleave),
+        None => place.rows.iter().cloned().flatten().collect(),
     }
 }
 
