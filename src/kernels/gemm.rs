@@ -8,6 +8,10 @@
 
 #![allow(clippy::needless_range_loop, reason = "tiles are indexed in two dimensions at once")]
 
+pub(super) mod back;
+
+pub use back::{gradient, multiply};
+
 use half::{bf16, f16};
 
 use super::parallel::{self, SharedMut};

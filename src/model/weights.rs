@@ -184,6 +184,20 @@ impl Weight {
         }
     }
 
+    /// `out[m, cols] (+)= y[m, rows] · self`: a gradient taken back through
+    /// [`multiply`](Self::multiply). With `accumulate` it is added to `out`.
+    pub fn multiply_back(&self, y: &[f32], m: usize, accumulate: bool, out: &mut [f32]) {
+        match &self.values {
+            Values::F32(s) => gemm::multiply(y, m, self.matrix(s), accumulate, out),
+            Values::Bf16(s) => gemm::multiply(y, m, self.matrix(s), accumulate, out),
+            Values::F16(s) => gemm::multiply(y, m, self.matrix(s), accumulate, out),
+            Values::Quant { quant, skip, stride, blocks } => {
+                let w = self.blocks(*quant, *skip, *stride, blocks);
+                quant::multiply(y, m, w, accumulate, out);
+            }
+        }
+    }
+
     /// Row `row` in f32: an embedding look-up.
     pub fn read_row(&self, row: usize, out: &mut [f32]) {
         let range = row * self.cols..(row + 1) * self.cols;

@@ -31,7 +31,7 @@ const AHEAD: usize = 4;
 const TILE_AVX512: usize = 4;
 
 thread_local! {
-    static BUFFER: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    pub(super) static BUFFER: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// `out[m, rows] = x[m, cols] · wᵀ + bias`, on the rank's threads; the bits of

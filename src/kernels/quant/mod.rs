@@ -9,10 +9,12 @@
 //! does), which would make a result depend on more than f32 sums; the types with
 //! codebooks (iq*) and importance matrices.
 
+mod back;
 mod format;
 mod linear;
 mod quantize;
 
+pub use back::multiply;
 pub use linear::linear;
 pub use quantize::quantize_rows;
 

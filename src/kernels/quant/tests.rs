@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 
+use super::back::multiply_in_tier;
 use super::linear::linear_in_tier;
 use super::quantize::quantize_in_tier;
 use super::*;
@@ -146,6 +147,35 @@ fn many_rows_and_columns_are_split_without_a_trace() {
             gemm::linear(&x, m, Matrix { data: &wide, rows, cols, stride: cols }, None, &mut want);
             linear(&x, m, w, None, &mut got);
             assert_eq!(bits(&got), bits(&want), "{quant:?} m {m}");
+        }
+    }
+}
+
+/// Backward products take the same values: the bits of gemm's over the dequantized rows.
+#[test]
+fn multiply_has_the_bits_of_gemm_over_dequantized_rows() {
+    for quant in QuantType::ALL {
+        let len = quant.block_len();
+        // Wider than a task at the last.
+        for (skip, cols) in [(0, 2 * len), (5, len + 7), (16, 9), (len - 1, 1030)] {
+            let (rows, m) = (11, 13);
+            let (data, stride) = matrix_bytes(quant, rows, (skip + cols).div_ceil(len));
+            let w = QuantMatrix { data: &data[1..], quant, rows, cols, skip, stride };
+            let mut wide = vec![0.0; rows * cols];
+            for (row, wide) in wide.chunks_exact_mut(cols).enumerate() {
+                read_row(w, row, wide);
+            }
+            let (y, old) = (random(m * rows, 4), random(m * cols, 5));
+            let shape = Matrix { data: &wide, rows, cols, stride: cols };
+            for accumulate in [false, true] {
+                let mut want = old.clone();
+                gemm::multiply(&y, m, shape, accumulate, &mut want);
+                for tier in tiers() {
+                    let mut got = old.clone();
+                    multiply_in_tier(tier, &y, m, w, accumulate, &mut got);
+                    assert_eq!(bits(&got), bits(&want), "{quant:?} {tier:?} {skip} {cols}");
+                }
+            }
         }
     }
 }
