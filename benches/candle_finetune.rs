@@ -60,9 +60,8 @@ struct Positions {
 impl Positions {
     fn new(length: usize, dtype: DType) -> Result<Self> {
         let half = SHAPE.hidden / SHAPE.heads / 2;
-        let angle = |i: usize| {
-            (i / half) as f32 * 10_000f32.powf(-((i % half) as f32) / half as f32)
-        };
+        let angle =
+            |i: usize| (i / half) as f32 * 10_000f32.powf(-((i % half) as f32) / half as f32);
         let angles: Vec<f32> = (0..length * half).map(angle).collect();
         let angles = Tensor::from_vec(angles, (length, half), &Device::Cpu)?;
         let ahead = |i: usize| if i % length > i / length { f32::NEG_INFINITY } else { 0.0 };
@@ -97,9 +96,8 @@ impl Layer {
     fn forward(&self, x: &Tensor, at: &Positions) -> Result<Tensor> {
         let [q, k, v, o, gate, up, down] = &self.linear;
         let (batch, length, hidden) = x.dims3()?;
-        let heads = |y: Tensor| {
-            y.reshape((batch, length, SHAPE.heads, ()))?.transpose(1, 2)?.contiguous()
-        };
+        let heads =
+            |y: Tensor| y.reshape((batch, length, SHAPE.heads, ()))?.transpose(1, 2)?.contiguous();
         let y = self.norms[0].forward_diff(x)?;
         let q = rotary_emb::rope_slow(&heads(q.forward(&y)?)?, &at.cos, &at.sin)?;
         let k = rotary_emb::rope_slow(&heads(k.forward(&y)?)?, &at.cos, &at.sin)?;

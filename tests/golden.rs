@@ -16,6 +16,8 @@ use serde::Deserialize;
 
 #[path = "golden/adapters.rs"]
 mod adapters;
+#[path = "golden/finetune.rs"]
+mod finetune;
 #[path = "golden/gguf.rs"]
 mod gguf;
 

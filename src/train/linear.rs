@@ -50,7 +50,11 @@ pub struct Linear {
 enum Base {
     Frozen(Arc<Weight>),
     /// Trained as a whole, `[out, in]`.
-    Trained { id: ParameterId, outputs: usize, inputs: usize },
+    Trained {
+        id: ParameterId,
+        outputs: usize,
+        inputs: usize,
+    },
 }
 
 /// The trained product.
@@ -117,7 +121,11 @@ impl Linear {
     }
 
     /// A layer without bias whose matrix, this rank's output features of it, is trained.
-    pub fn trained(id: ParameterId, [outputs, inputs]: [usize; 2], group: Arc<dyn TensorComm>) -> Self {
+    pub fn trained(
+        id: ParameterId,
+        [outputs, inputs]: [usize; 2],
+        group: Arc<dyn TensorComm>,
+    ) -> Self {
         let matrix = Base::Trained { id, outputs, inputs };
         Self { matrix, bias: None, split: Split::Column, group, lora: None }
     }
@@ -184,7 +192,7 @@ impl Linear {
         let mut by_row = vec![0.0; r * outputs];
         self.matrix.multiply(parameters, a, r, None, &mut by_row);
         let mut gram = vec![0.0; r * r];
-        gemm::linear(a, r, matrix(a, r), None, &mut gram);
+        gemm::linear(a, r, matrix_of_rows(a, r), None, &mut gram);
         let s = f64::from(lora.scale);
         let square = |(row, squares): (usize, &f32)| {
             let b = &b[row * r..(row + 1) * r];

@@ -106,9 +106,9 @@ impl TrainedModel {
                 b.head(head, ids.clone())
             }
         };
-        let trained_embedding = saved
-            .contains(model.hf_names.embed_tokens)
-            .then(|| add_whole(&mut b.parameters, model, model.hf_names.embed_tokens, &embed_tokens));
+        let trained_embedding = saved.contains(model.hf_names.embed_tokens).then(|| {
+            add_whole(&mut b.parameters, model, model.hf_names.embed_tokens, &embed_tokens)
+        });
         let first = match trained_embedding {
             Some(_) => Some(0),
             None => b.targets.iter().filter_map(|name| layer_of(name)).min(),
@@ -165,7 +165,7 @@ impl TrainedModel {
         let Self { layers, parameters, .. } = self;
         let segments = &batch.segments;
         let mut pass = Pass { parameters, step: &step, segments, tokens: &tokens };
-        
+
         let mut kept = Vec::new();
         for (i, layer) in layers.iter().enumerate() {
             let recomputed = weight.is_none() || self.recompute.includes(i);
@@ -213,7 +213,8 @@ impl TrainedModel {
         let values = self.parameters.values_of(id);
         let mut x = vec![0.0; token_ids.len() * width];
         for (id, x) in token_ids.iter().zip(x.chunks_exact_mut(width)) {
-            if let Some(row) = (*id as usize).checked_sub(ids.start).filter(|row| *row < ids.len()) {
+            if let Some(row) = (*id as usize).checked_sub(ids.start).filter(|row| *row < ids.len())
+            {
                 x.copy_from_slice(&values[row * width..(row + 1) * width]);
             }
         }

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::adamw::{AdamW, clip_factor};
 use super::batch::MicroBatch;
 use super::model::TrainedModel;
-use super::parameters::{Part, Parameter};
+use super::parameters::{Parameter, Part};
 use super::schedule::Schedule;
 use crate::Result;
 use crate::comm::{Communicator, HostTensorComm, TensorComm, agree};
@@ -155,6 +155,7 @@ impl Trainer {
 /// The ranks' values summed in rank order, on all of them. Collective.
 pub fn sum(comm: &dyn Communicator, own: f64) -> f64 {
     let all = comm.all_gather(&own.to_le_bytes());
-    let values = all.iter().filter_map(|bytes| Some(f64::from_le_bytes(bytes.as_slice().try_into().ok()?)));
+    let values =
+        all.iter().filter_map(|bytes| Some(f64::from_le_bytes(bytes.as_slice().try_into().ok()?)));
     values.sum()
 }
