@@ -15,11 +15,13 @@ use std::time::Duration;
 use clap::builder::{BoolishValueParser, NonEmptyStringValueParser};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::model::AdapterSource;
+use crate::kernels::quant::QuantType;
+use crate::model::{AdapterSource, WeightDtype};
 use crate::slurm;
 pub use crate::stats::progress::ProgressMode;
 
 mod choices;
+mod finetune;
 mod given;
 mod run;
 mod submit;
@@ -30,8 +32,10 @@ pub mod values;
 mod tests;
 
 pub use choices::{
-    Dtype, GenerationConfigSource, KernelTier, LogFormat, PromptsFormat, Quantize, StageFallback,
+    AdapterFormat, Dtype, GenerationConfigSource, KernelTier, LogFormat, PromptsFormat, Quantize,
+    ScheduleName, StageFallback,
 };
+pub use finetune::{DataArgs, FinetuneArgs, FinetuneOutputArgs, Layers, LoraArgs, TrainingArgs};
 pub use given::{GivenFlag, flag_word, given_flags};
 pub use run::{RetryArgs, RunArgs, StatusArgs};
 pub use submit::{JobArgs, RunCommand, SubmitArgs};
@@ -69,6 +73,8 @@ pub enum Command {
     Generate(Box<GenerateArgs>),
     /// Give every prompt's log-probability and perplexity
     Score(Box<ScoreArgs>),
+    /// Train a LoRA adapter for a model
+    Finetune(Box<FinetuneArgs>),
     /// Work on the failed records of a run again
     Retry(Box<RetryArgs>),
     /// Show how far a run is, who works on it, and when it may end
@@ -290,10 +296,10 @@ pub struct RecordArgs {
     pub return_token_ids: bool,
 }
 
-/// Flags of the model and of the batches that it runs.
+/// Flags of the model alone.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Model")]
-pub struct ModelArgs {
+pub struct WeightsArgs {
     /// Model: a directory (Hugging Face's or Meta's form) or a GGUF file
     ///
     /// A directory holds config.json and *.safetensors or pytorch_model*.bin, or params.json and
@@ -307,15 +313,6 @@ pub struct ModelArgs {
     /// It takes the place of the model's own, and its chat template, if it has one, too.
     #[arg(long, env = "FARM_TOKENIZER", value_name = "FILE|DIR")]
     pub tokenizer: Option<PathBuf>,
-    /// LoRA adapter: a PEFT directory or a GGUF file; may be given several times
-    ///
-    /// NAME is what records call it ("adapter": "NAME"; in an OpenAI line also "model");
-    /// default is the directory's name, or the file's without .gguf. The only adapter of a run
-    /// answers all records that do not say otherwise ("adapter": null is the model alone); of
-    /// several, a record that names none is answered by the model alone.
-    #[arg(long, env = "FARM_ADAPTER", value_name = "[NAME=]PATH")]
-    #[arg(value_parser = values::adapter())]
-    pub adapter: Vec<AdapterSource>,
     /// Type of the weights in memory; auto keeps the checkpoint's (arithmetic is f32)
     #[arg(long, env = "FARM_DTYPE", value_name = "DTYPE", default_value = "auto")]
     pub dtype: Dtype,
@@ -328,6 +325,24 @@ pub struct ModelArgs {
     /// CPU kernels; auto takes the best of each rank's CPU (all give the same bits)
     #[arg(long, env = "FARM_KERNEL_TIER", value_name = "TIER", default_value = "auto")]
     pub kernel_tier: KernelTier,
+}
+
+/// Flags of the model and of the batches that it runs.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Model")]
+pub struct ModelArgs {
+    /// The model's weights.
+    #[command(flatten)]
+    pub weights: WeightsArgs,
+    /// LoRA adapter: a PEFT directory or a GGUF file; may be given several times
+    ///
+    /// NAME is what records call it ("adapter": "NAME"; in an OpenAI line also "model");
+    /// default is the directory's name, or the file's without .gguf. The only adapter of a run
+    /// answers all records that do not say otherwise ("adapter": null is the model alone); of
+    /// several, a record that names none is answered by the model alone.
+    #[arg(long, env = "FARM_ADAPTER", value_name = "[NAME=]PATH")]
+    #[arg(value_parser = values::adapter())]
+    pub adapter: Vec<AdapterSource>,
     /// Most records that a rank works on at once
     #[arg(long, env = "FARM_MAX_BATCH_SIZE", value_name = "N", default_value_t = DEFAULT_BATCH_SIZE)]
     #[arg(value_parser = one_to(1 << 16))]
@@ -419,6 +434,26 @@ pub struct LogArgs {
     pub quiet: bool,
 }
 
+impl WeightsArgs {
+    /// What matrices are converted to; `None` leaves them as they are. (All arithmetic on the
+    /// CPU is f32; half-precision weights are widened exactly.)
+    pub fn dtype_in_memory(&self) -> Option<WeightDtype> {
+        if let Some(quantize) = self.quantize {
+            return Some(WeightDtype::Quant(match quantize {
+                Quantize::Q8_0 => QuantType::Q8_0,
+                Quantize::Q4K => QuantType::Q4_K,
+                Quantize::Q6K => QuantType::Q6_K,
+            }));
+        }
+        match self.dtype {
+            Dtype::Auto => None,
+            Dtype::F32 => Some(WeightDtype::F32),
+            Dtype::Bf16 => Some(WeightDtype::Bf16),
+            Dtype::F16 => Some(WeightDtype::F16),
+        }
+    }
+}
+
 impl OutputArgs {
     /// The progress to show: none under `--quiet`.
     pub fn progress(&self, log: &LogArgs) -> ProgressMode {
@@ -474,6 +509,7 @@ impl Cli {
         match &self.command {
             Command::Generate(args) => args.output.interrupted_exit_code.into(),
             Command::Score(args) => args.output.interrupted_exit_code.into(),
+            Command::Finetune(args) => args.output.interrupted_exit_code.into(),
             _ => crate::ErrorKind::Interrupted.exit_code(),
         }
     }

@@ -83,3 +83,23 @@ pub enum LogFormat {
     /// One JSON object a line.
     Json,
 }
+
+/// `--schedule`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ScheduleName {
+    /// The learning rate stays.
+    Constant,
+    /// It falls to 0 in a straight line.
+    Linear,
+    /// It falls to 0 along half a cosine.
+    Cosine,
+}
+
+/// `--format` of an adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum AdapterFormat {
+    /// PEFT's directory.
+    Peft,
+    /// The same and a file for llama.cpp.
+    Gguf,
+}

@@ -206,7 +206,7 @@ fn child_reads_the_environment() {
     }
     let args = parse(&["farm", "generate", "--seed", "9"]).unwrap();
     let Command::Generate(args) = args.command else { panic!("not generate") };
-    assert_eq!(args.model.model, PathBuf::from("from-env"));
+    assert_eq!(args.model.weights.model, PathBuf::from("from-env"));
     assert_eq!(args.sampling.seed, Some(9), "a flag beats the environment");
     assert!(args.log.quiet && !args.input.chat, "1 and 0 are read as switches");
 }

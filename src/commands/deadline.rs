@@ -7,6 +7,8 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use serde::{Deserialize, Serialize};
+
 use crate::slurm::{JobEnv, query};
 
 /// What a drain needs apart from the work under way, seconds: statistics, the staging
@@ -35,10 +37,10 @@ impl Measured {
 }
 
 /// The end of the job on this launch's own clock, seconds since the process's start.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Deadline {
-    /// Infinite without a limit.
-    end_seconds: f64,
+    /// `None` without a limit.
+    end_seconds: Option<f64>,
 }
 
 impl Deadline {
@@ -49,14 +51,15 @@ impl Deadline {
         job_seconds_left: Option<f64>,
         now_seconds: f64,
     ) -> Self {
-        let own = time_limit.map_or(f64::INFINITY, |limit| limit.as_secs_f64());
-        let jobs = job_seconds_left.map_or(f64::INFINITY, |left| now_seconds + left);
-        Self { end_seconds: own.min(jobs) }
+        let own = time_limit.map(|limit| limit.as_secs_f64());
+        let jobs = job_seconds_left.map(|left| now_seconds + left);
+        let earlier = own.into_iter().chain(jobs).reduce(f64::min);
+        Self { end_seconds: earlier }
     }
 
     /// Seconds from the process's start to the end; `None` without a limit.
     pub fn end_seconds(&self) -> Option<f64> {
-        self.end_seconds.is_finite().then_some(self.end_seconds)
+        self.end_seconds
     }
 
     /// How long before the end to stop taking records:
@@ -70,12 +73,12 @@ impl Deadline {
     pub fn margin_seconds(&self, measured: &Measured) -> f64 {
         let steps = 2.0 * measured.longest_step_seconds;
         let syncs = 4.0 * measured.longest_sync_seconds;
-        (BASE_SECONDS + steps + syncs).min(self.end_seconds / 2.0)
+        (BASE_SECONDS + steps + syncs).min(self.end_seconds.unwrap_or(f64::INFINITY) / 2.0)
     }
 
     /// Whether it is time to stop, `now_seconds` after the process's start.
     pub fn should_drain(&self, now_seconds: f64, measured: &Measured) -> bool {
-        now_seconds + self.margin_seconds(measured) >= self.end_seconds
+        self.end_seconds.is_some_and(|end| now_seconds + self.margin_seconds(measured) >= end)
     }
 }
 

@@ -21,7 +21,6 @@ use crate::commands::summary::{self, Phases};
 use crate::commands::work::{Metered, Worker, progress_state};
 use crate::engine::{Engine, EngineConfig, Mode};
 use crate::error::{EXIT_SOME_RECORDS_FAILED, say};
-use crate::kernels::quant::QuantType;
 use crate::ledger::claims::ClaimsConfig;
 use crate::ledger::record::RunInfo;
 use crate::ledger::{
@@ -109,27 +108,14 @@ impl Job {
         }
     }
 
-    /// What matrices are converted to; `None` leaves them as they are. (All arithmetic
-    /// on the CPU is f32; half-precision weights are widened exactly.)
+    /// See [`cli::WeightsArgs::dtype_in_memory`].
     pub fn dtype(&self) -> Option<WeightDtype> {
-        if let Some(quantize) = self.model.quantize {
-            return Some(WeightDtype::Quant(match quantize {
-                cli::Quantize::Q8_0 => QuantType::Q8_0,
-                cli::Quantize::Q4K => QuantType::Q4_K,
-                cli::Quantize::Q6K => QuantType::Q6_K,
-            }));
-        }
-        match self.model.dtype {
-            cli::Dtype::Auto => None,
-            cli::Dtype::F32 => Some(WeightDtype::F32),
-            cli::Dtype::Bf16 => Some(WeightDtype::Bf16),
-            cli::Dtype::F16 => Some(WeightDtype::F16),
-        }
+        self.model.weights.dtype_in_memory()
     }
 
     /// The files that the flags name: model, tokenizer.
     pub fn sources(&self) -> ModelPaths {
-        ModelPaths { model: self.model.model.clone(), tokenizer: self.model.tokenizer.clone() }
+        sources(&self.model.weights)
     }
 
     /// The flags for another start on the same run: with absolute paths, without those of the
@@ -177,7 +163,7 @@ impl Job {
         let start = Instant::now();
         let mut phases = Phases::default();
         let stop = agree(world, StopSignal::listen(self.output.interrupted_exit_code.into()))?;
-        agree(world, pin_kernels(self.model.kernel_tier))?;
+        agree(world, pin_kernels(self.model.weights.kernel_tier))?;
         let mut events = EventLog::new(world.rank(), world.host());
         events.emit(start.elapsed(), events::START, json!({ "ranks": world.size() }));
 
@@ -259,24 +245,42 @@ impl Job {
     }
 
     fn stage(&self, topology: &Topology, events: &mut EventLog, start: Instant) -> Result<Staged> {
-        let options = StageOptions {
-            keep: self.staging.keep_staged,
-            fallback: match self.staging.stage_fallback {
-                cli::StageFallback::Error => StageFallback::Error,
-                cli::StageFallback::InPlace => StageFallback::InPlace,
-            },
-            no_stage: self.staging.no_stage,
-            ..StageOptions::new(self.sources(), &self.staging.stage_dir)
-        };
-        let staged = stage::stage(topology, &options)?;
+        let staged = stage_model(&self.staging, self.sources(), topology)?;
         events.emit(start.elapsed(), "stage", json!(staged.report));
-        if let (Some(reason), false, 0) =
-            (&staged.report.in_place, self.staging.no_stage, topology.world.rank())
-        {
-            tracing::warn!("the model is read where it lies: {reason}");
-        }
         Ok(staged)
     }
+}
+
+/// The files that the flags name: model, tokenizer.
+pub fn sources(weights: &cli::WeightsArgs) -> ModelPaths {
+    ModelPaths { model: weights.model.clone(), tokenizer: weights.tokenizer.clone() }
+}
+
+/// Stages as the flags say. Collective.
+///
+/// # Errors
+/// See [`stage::stage`].
+pub fn stage_model(
+    flags: &cli::StagingArgs,
+    sources: ModelPaths,
+    topology: &Topology,
+) -> Result<Staged> {
+    let options = StageOptions {
+        keep: flags.keep_staged,
+        fallback: match flags.stage_fallback {
+            cli::StageFallback::Error => StageFallback::Error,
+            cli::StageFallback::InPlace => StageFallback::InPlace,
+        },
+        no_stage: flags.no_stage,
+        ..StageOptions::new(sources, &flags.stage_dir)
+    };
+    let staged = stage::stage(topology, &options)?;
+    if let (Some(reason), false, 0) =
+        (&staged.report.in_place, flags.no_stage, topology.world.rank())
+    {
+        tracing::warn!("the model is read where it lies: {reason}");
+    }
+    Ok(staged)
 }
 
 /// Every record was done before: only the output is written again, from the journals.
@@ -315,7 +319,11 @@ fn exit_code(world: &dyn Communicator, ended: Ended) -> Result<i32> {
     }
 }
 
-fn pin_kernels(tier: cli::KernelTier) -> Result<()> {
+/// Pins the kernels as the flag says.
+///
+/// # Errors
+/// See [`kernels::pin_tier`].
+pub fn pin_kernels(tier: cli::KernelTier) -> Result<()> {
     match tier {
         cli::KernelTier::Auto => Ok(()),
         cli::KernelTier::Scalar => kernels::pin_tier(kernels::Tier::Scalar),

@@ -5,6 +5,7 @@
 //! [`summary`].
 
 pub mod deadline;
+pub mod finetune;
 pub mod footprint;
 pub mod generate;
 pub mod inspect;
@@ -45,6 +46,11 @@ pub fn run(cli: &Cli) -> i32 {
         Command::Score(args) => {
             let job = generate::Job::score(args, &cli.given);
             launch::on_ranks(&Start::of(&args.parallelism, &args.log), |rank| job.run(rank))
+        }
+        Command::Finetune(args) => {
+            launch::on_ranks(&Start::of(&args.parallelism, &args.log), |rank| {
+                finetune::run(args, rank)
+            })
         }
         Command::Retry(args) => retry_job(args).and_then(|job| {
             launch::on_ranks(&Start::of(&args.parallelism, &args.log), |rank| job.run(rank))

@@ -359,7 +359,7 @@ fn max_seq_len(job: &Job, config: &ModelConfig) -> Result<usize> {
 fn resolve_sampling(job: &Job, checkpoint: &Checkpoint) -> Result<SamplingParams> {
     let model = match job.sampling.generation_config {
         // What lies beside one GGUF file of many need not be its own.
-        GenerationConfigSource::Model if !job.model.model.is_file() => {
+        GenerationConfigSource::Model if !job.model.weights.model.is_file() => {
             GenerationConfig::from_dir(&checkpoint.files().dir)?
         }
         _ => GenerationConfig::default(),

@@ -122,7 +122,7 @@ fn job_facts(facts: &Facts) -> JobFacts {
     JobFacts {
         command: facts.job.command.to_owned(),
         farm_version: env!("CARGO_PKG_VERSION").to_owned(),
-        model: facts.job.model.model.display().to_string(),
+        model: facts.job.model.weights.model.display().to_string(),
         started_unix_seconds: facts.plan.started_unix_seconds,
         slurm: facts.rank.job.clone(),
         nodes: facts.topology.num_nodes,

@@ -1,6 +1,10 @@
 //! Splits a kernel's work over the rank's threads.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use super::simd::{LANES, Simd};
+use super::{dispatch, tier};
 
 /// Work below this many floating-point operations runs on the calling thread:
 /// waking another one costs more.
@@ -32,6 +36,45 @@ pub fn for_each(tasks: usize, flops: usize, task: impl Fn(usize) + Sync) {
         }
         work();
     });
+}
+
+/// Floating-point operations a second that this rank's threads reach with nothing but fused
+/// multiply-adds in registers, in the tier in use: the limit that work is compared with.
+/// Takes some 20 ms.
+pub fn peak_flops() -> f64 {
+    const ROUNDS: usize = 1 << 20;
+    let threads = rayon::current_num_threads();
+    let once = || {
+        let start = Instant::now();
+        for_each(threads, usize::MAX, |_| {
+            let mut sums = [0f32; CHAINS * LANES];
+            let (rounds, out) = (ROUNDS, &mut sums);
+            dispatch!(tier(), chains, rounds: usize, out: &mut [f32; CHAINS * LANES]);
+            std::hint::black_box(sums);
+        });
+        (2 * CHAINS * LANES * ROUNDS * threads) as f64 / start.elapsed().as_secs_f64()
+    };
+    once().max(once())
+}
+
+/// Independent sums: enough to hide the latency of an addition.
+const CHAINS: usize = 12;
+
+#[inline(always)]
+unsafe fn chains<S: Simd>(rounds: usize, out: &mut [f32; CHAINS * LANES]) {
+    // SAFETY: the tier's features, by the dispatcher; `out` holds the vectors.
+    unsafe {
+        let (x, y) = (S::splat(0.999), S::splat(1e-3));
+        let mut sums = [S::splat(0.0); CHAINS];
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                *sum = S::fma(*sum, x, y);
+            }
+        }
+        for (i, sum) in sums.into_iter().enumerate() {
+            S::store(out.as_mut_ptr().add(i * LANES), sum);
+        }
+    }
 }
 
 /// A pointer that tasks may share because each writes its own elements.

@@ -223,15 +223,17 @@ impl TrainedModel {
         Ok(x)
     }
 
-    /// Weights that every token passes, the output projection apart: this rank's.
-    pub fn layer_weights(&self) -> u64 {
-        let linears = self.layers.iter().flat_map(Layer::linears);
-        linears.map(|l| (l.outputs() * l.inputs()) as u64).sum()
-    }
-
-    /// Weights of the output projection on this rank.
-    pub fn head_weights(&self) -> u64 {
-        (self.head.linear.outputs() * self.head.linear.inputs()) as u64
+    /// Floating-point operations that a trained token needs at least, over all ranks of the
+    /// group: 2 a weight forward, 2 backward for the inputs' gradients (none below the first
+    /// trained layer). Products of rank r, attention and recomputation come on top.
+    pub fn flops_a_token(&self) -> f64 {
+        let weights = |linear: &Linear| (linear.outputs() * linear.inputs()) as f64;
+        let layers = self.layers.iter().enumerate().map(|(i, layer)| {
+            let factor = if i < self.first_trained { 2.0 } else { 4.0 };
+            factor * layer.linears().map(weights).sum::<f64>()
+        });
+        let own = layers.sum::<f64>() + 4.0 * weights(&self.head.linear);
+        own * self.group.size() as f64
     }
 
     /// The ranks that share the model.
@@ -283,7 +285,10 @@ fn add_whole(
 }
 
 /// A rank must have KV heads of its own: shared ones would have their gradients in parts.
-fn check_split(model: &ModelConfig, size: usize) -> Result<()> {
+///
+/// # Errors
+/// An input error with the sizes that work.
+pub fn check_split(model: &ModelConfig, size: usize) -> Result<()> {
     model.check_tensor_parallel(size)?;
     let kv_heads = model.num_key_value_heads;
     if size > kv_heads && model.local_heads(size) < model.num_attention_heads {

@@ -117,7 +117,7 @@ pub struct Parts {
 ///
 /// # Errors
 /// A module that the model does not have; a tensor that is missing or has another shape.
-pub fn fit(
+pub(super) fn fit(
     table: &TensorTable,
     parts: BTreeMap<String, Parts>,
     model: &BTreeMap<String, Shape>,

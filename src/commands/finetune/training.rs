@@ -1,0 +1,342 @@
+//! One training on one rank: from its checkpoint to its end, or until it is asked to stop.
+
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use super::plan::{batches, check_same, lora_config, optimisation};
+use super::results::{self, Results, Summary};
+use super::{Outcome, Plan, RunFile, Shared, tensor_comm};
+use crate::cli::FinetuneArgs;
+use crate::comm::{Communicator, Topology, agree};
+use crate::commands::deadline::Measured;
+use crate::model::layers::Loader;
+use crate::stats::process::peak_resident_bytes;
+use crate::train::batch::MicroBatch;
+use crate::train::data::{Batches, Dataset, Sequence, share};
+use crate::train::early_stopping::EarlyStopping;
+use crate::train::metrics::{EvalMetrics, TrainMetrics};
+use crate::train::model::TrainedModel;
+use crate::train::trainer::{Progress, StepOutcome, Trainer, sum};
+use crate::{Error, Result, kernels};
+
+/// What a checkpoint holds besides tensors.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct State {
+    /// How far the training is.
+    pub progress: Progress,
+    /// The validation losses so far.
+    pub early_stopping: EarlyStopping,
+    /// Tokens trained on so far.
+    pub tokens: u64,
+    /// What decides the adapter: identity of the flags and of the data.
+    pub data: String,
+}
+
+/// The training.
+pub struct Training<'a> {
+    shared: &'a Shared<'a>,
+    args: &'a FinetuneArgs,
+    plan: &'a Plan,
+    topology: Topology,
+    trainer: Trainer,
+    batches: Batches,
+    total_steps: u64,
+    lengths: Vec<usize>,
+    state: State,
+    /// Of rank 0 alone.
+    results: Option<Results>,
+    measured: Measured,
+    /// Floating-point operations a second that all ranks are able to.
+    flops_limit: f64,
+    flops_a_token: f64,
+}
+
+/// How often the steps so far are looked at to say when the end is.
+const SAY_EVERY_SECONDS: f64 = 30.0;
+
+impl<'a> Training<'a> {
+    /// Loads the model and goes on from the newest checkpoint, if there is one. Collective;
+    /// fails alike on all ranks of `topology`.
+    ///
+    /// # Errors
+    /// Input errors that name the file or flag.
+    pub fn new(
+        shared: &'a Shared<'a>,
+        args: &'a FinetuneArgs,
+        plan: &'a Plan,
+        topology: Topology,
+    ) -> Result<Self> {
+        let world = &*topology.world;
+        let lengths = shared.train.lengths();
+        let (batches, total_steps) = batches(args, plan, &lengths)?;
+        let loader = Loader {
+            source: &shared.checkpoint,
+            comm: tensor_comm(&topology),
+            dtype: args.model.dtype_in_memory(),
+            adapters: &[],
+        };
+        let (training, config) = (&args.training, lora_config(args));
+        let model = TrainedModel::load(&loader, &config, training.seed, training.recompute);
+        let model = agree(world, model)?;
+        let flops_a_token = model.flops_a_token();
+        let optimisation = optimisation(args, total_steps);
+        let replicas = topology.data_parallel.clone();
+        let mut trainer = Trainer::new(model, optimisation, topology.world.clone(), replicas);
+        let mut state = State {
+            progress: Progress::default(),
+            early_stopping: EarlyStopping::new(args.output.early_stopping_patience, 0.0),
+            tokens: 0,
+            data: shared.train.identity() + &shared.validation.identity(),
+        };
+        world.barrier();
+        let flops_limit = sum(world, kernels::parallel::peak_flops());
+        if let Some(resumed) = results::load(world, &plan.dir, &mut trainer)? {
+            let recorded = serde_json::json!({ "data": resumed.data });
+            check_same(&plan.dir, &recorded, &serde_json::json!({ "data": state.data }))?;
+            state = resumed;
+            trainer.progress = state.progress;
+        }
+        let is_first = world.rank() == 0;
+        let results = is_first.then(|| {
+            let model = shared.checkpoint.config();
+            Results::open(args, plan, model, &trainer.model, state.progress)
+        });
+        let results = agree(world, results.transpose())?;
+        let mut training = Self {
+            shared,
+            args,
+            plan,
+            topology,
+            trainer,
+            batches,
+            total_steps,
+            lengths,
+            state,
+            results,
+            measured: Measured::default(),
+            flops_limit,
+            flops_a_token,
+        };
+        training.say_what_there_is();
+        Ok(training)
+    }
+
+    fn say_what_there_is(&mut self) {
+        if self.results.is_none() {
+            return;
+        }
+        let parameters = self.trainer.model.parameters.whole_len();
+        tracing::info!(
+            "{parameters} trained values; {} steps of {} sequences over {} ranks",
+            self.total_steps,
+            self.args.training.batch_size,
+            self.topology.world.size(),
+        );
+        if self.state.progress.step > 0 {
+            tracing::info!("going on after step {}", self.state.progress.step);
+        }
+    }
+
+    /// Trains to the end or until asked to stop. Collective; fails alike on all ranks.
+    ///
+    /// # Errors
+    /// A fault: files that cannot be written.
+    pub fn run(mut self) -> Result<Outcome> {
+        if self.plan.is_complete {
+            return Ok(Outcome::Complete(self.summary()));
+        }
+        let mut said = Instant::now();
+        let (begun, first) = (Instant::now(), self.state.progress.step);
+        while self.state.progress.step < self.total_steps {
+            self.step()?;
+            let step = self.state.progress.step;
+            let is_last = step == self.total_steps;
+            let is_best =
+                (is_last || step.is_multiple_of(self.eval_steps())) && self.validate()?;
+            if said.elapsed().as_secs_f64() > SAY_EVERY_SECONDS {
+                said = Instant::now();
+                self.say_how_far(begun, first);
+            }
+            let stops_early = self.state.early_stopping.should_stop();
+            let save_steps = self.args.output.save_steps;
+            let is_asked = self.is_asked_to_stop();
+            if is_last
+                || is_best
+                || stops_early
+                || is_asked
+                || (save_steps > 0 && step.is_multiple_of(save_steps))
+            {
+                self.save()?;
+            }
+            if is_asked && !is_last {
+                return Ok(Outcome::Stopped);
+            }
+            if stops_early {
+                break;
+            }
+        }
+        self.finish()
+    }
+
+    fn eval_steps(&self) -> u64 {
+        let output = &self.args.output;
+        let by_saving = Some(output.save_steps).filter(|steps| *steps > 0);
+        output.eval_steps.or(by_saving).unwrap_or(u64::MAX)
+    }
+
+    fn step(&mut self) -> Result<()> {
+        let start = Instant::now();
+        let step = self.state.progress.step;
+        let sequences = self.batches.step(step);
+        let train = &self.shared.train;
+        let micro_batches = self.micro_batches(train, &sequences, step, self.lengths.clone());
+        let examples = || sequences.iter().flatten().map(|e| train.example(*e as usize));
+        let is_target = |target: &&bool| **target;
+        let targets = examples().map(|e| e.is_target.iter().filter(is_target).count()).sum::<usize>();
+        let tokens: usize = examples().map(|e| e.token_ids.len()).sum();
+        let outcome = self.trainer.step(&micro_batches, targets as u64)?;
+        self.state.progress = self.trainer.progress;
+        self.state.tokens += tokens as u64;
+        let took = start.elapsed();
+        self.measured.step(took);
+        self.record(&outcome, tokens as u64, took.as_secs_f64())
+    }
+
+    /// This group's part of `sequences`.
+    fn micro_batches(
+        &self,
+        data: &Dataset,
+        sequences: &[Sequence],
+        step: u64,
+        lengths: Vec<usize>,
+    ) -> Vec<MicroBatch> {
+        let replicas = &self.topology.data_parallel;
+        let size = self.args.training.micro_batch_size;
+        let shares = share(sequences, &lengths, replicas.size(), size);
+        let of_group = shares.into_iter().nth(replicas.rank()).unwrap_or_default();
+        of_group.iter().map(|members| micro_batch(data, sequences, members, step)).collect()
+    }
+
+    fn record(&mut self, outcome: &StepOutcome, tokens: u64, step_seconds: f64) -> Result<()> {
+        let memory = peak_resident_bytes().unwrap_or(0);
+        let world = &*self.topology.world;
+        let of_all = world.gather(0, &memory.to_le_bytes());
+        let memory_peak_bytes = of_all
+            .unwrap_or_default()
+            .iter()
+            .filter_map(|bytes| Some(u64::from_le_bytes(bytes.as_slice().try_into().ok()?)))
+            .max();
+        let rate = tokens as f64 / step_seconds;
+        let place = self.batches.place(self.state.progress.step - 1);
+        let metrics = TrainMetrics {
+            step: self.state.progress.step,
+            epoch: place.epoch as f64 + (place.step + 1) as f64 / place.steps as f64,
+            loss: outcome.loss,
+            learning_rate: outcome.learning_rate,
+            grad_norm: outcome.grad_norm,
+            tokens,
+            tokens_per_second: rate,
+            flop_share: Some(rate * self.flops_a_token / self.flops_limit).filter(|s| s.is_finite()),
+            memory_peak_bytes: memory_peak_bytes.unwrap_or(memory),
+            step_seconds,
+            skipped: outcome.skipped,
+        };
+        let recorded = self.results.as_mut().map_or(Ok(()), |results| results.log.train(&metrics));
+        agree(world, recorded)
+    }
+
+    fn say_how_far(&self, begun: Instant, first: u64) {
+        let Some(results) = &self.results else { return };
+        let step = self.state.progress.step;
+        let seconds_a_step = begun.elapsed().as_secs_f64() / (step - first).max(1) as f64;
+        let left = seconds_a_step * (self.total_steps - step) as f64;
+        let losses = results.log.metrics().train_losses();
+        let loss = losses.last().map_or(f64::NAN, |(_, loss)| *loss);
+        tracing::info!(
+            "step {step} of {}, loss {loss:.4}, about {} left",
+            self.total_steps,
+            crate::stats::format::seconds(left)
+        );
+    }
+
+    /// The loss on the validation data, if there are any; whether it is the lowest so far.
+    fn validate(&mut self) -> Result<bool> {
+        let data = &self.shared.validation;
+        if data.is_empty() {
+            return Ok(false);
+        }
+        // Some examples at a time, so that they take no more memory than a training step.
+        let all: Vec<Sequence> = (0..data.len() as u32).map(|example| vec![example]).collect();
+        let lengths = data.lengths();
+        let micro_batches = self.micro_batches(data, &all, 0, lengths);
+        let targets = data.num_targets() as u64;
+        let loss = self.trainer.evaluate(&micro_batches, targets)?;
+        let step = self.state.progress.step;
+        let is_best = self.state.early_stopping.update(step, loss);
+        let metrics = EvalMetrics::new(step, loss, targets);
+        let recorded = self.results.as_mut().map_or(Ok(()), |results| {
+            tracing::info!("step {step}: validation loss {loss:.4}");
+            results.log.eval(&metrics)
+        });
+        agree(&*self.topology.world, recorded).map(|()| is_best)
+    }
+
+    /// Whether a signal came to any rank, or the job's time is ending.
+    fn is_asked_to_stop(&self) -> bool {
+        let world = &*self.topology.world;
+        let now = self.shared.start.elapsed().as_secs_f64();
+        let is_late = world.rank() == 0 && self.shared.deadline.should_drain(now, &self.measured);
+        sum(world, f64::from(u8::from(self.shared.stop.is_set() || is_late))) > 0.0
+    }
+
+    fn save(&mut self) -> Result<()> {
+        let start = Instant::now();
+        let saved =
+            results::save(&self.topology, &self.trainer, &self.state, self.results.as_ref());
+        self.measured.sync(start.elapsed());
+        agree(&*self.topology.world, saved)
+    }
+
+    /// Writes the adapter.
+    fn finish(self) -> Result<Outcome> {
+        let summary = self.summary();
+        let group = self.trainer.model.group();
+        let parameters = &self.trainer.model.parameters;
+        let whole = parameters.gathered(&parameters.values, &**group);
+        let written = self.results.as_ref().map_or(Ok(()), |results| {
+            results.finish(&self.trainer, &whole, &self.state)?;
+            let run = RunFile::read(&self.plan.dir)?
+                .ok_or_else(|| Error::fault(format!("{}: finetune.json is gone", self.plan.dir.display())))?;
+            RunFile { is_complete: true, ..run }.write(&self.plan.dir)
+        });
+        agree(&*self.topology.world, written)?;
+        Ok(Outcome::Complete(summary))
+    }
+
+    fn summary(&self) -> Summary {
+        let losses = self.results.as_ref().map(|r| r.log.metrics().train_losses());
+        Summary {
+            steps: self.state.progress.step,
+            skipped: self.state.progress.skipped,
+            tokens: self.state.tokens,
+            loss: losses.and_then(|losses| losses.last().map(|(_, loss)| *loss)),
+            best: self.state.early_stopping.best().map(|best| (best.step, best.loss)),
+        }
+    }
+}
+
+/// The sequences `members` of a step. Draws for a row are keyed by step, sequence and place,
+/// which no split changes.
+fn micro_batch(data: &Dataset, sequences: &[Sequence], members: &[usize], step: u64) -> MicroBatch {
+    let mut batch = MicroBatch::default();
+    for &member in members {
+        let mut first = (step << 40) + ((member as u64) << 20);
+        for example in &sequences[member] {
+            let example = data.example(*example as usize);
+            batch.push(example.token_ids, example.is_target, first);
+            first += example.token_ids.len() as u64;
+        }
+    }
+    batch
+}
