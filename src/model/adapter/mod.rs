@@ -17,10 +17,13 @@
 
 mod delta;
 mod gguf;
+pub mod merge;
 mod modules;
 mod peft;
 mod rows;
+mod slots;
 pub mod write;
+pub mod write_gguf;
 
 #[cfg(test)]
 mod tests;
@@ -112,6 +115,19 @@ enum Reorder {
     Interleave,
     /// The other way round.
     Separate,
+}
+
+impl Reorder {
+    /// `rows`, which are whole heads of width `d`, in the other order.
+    fn apply(self, rows: &[usize], d: usize) -> Vec<usize> {
+        let half = d / 2;
+        let from = |at: usize| match self {
+            Reorder::Interleave => at % 2 * half + at / 2,
+            Reorder::Separate => at % half * 2 + at / half,
+        };
+        let heads = rows.chunks_exact(d);
+        heads.flat_map(|head| (0..d).map(move |at| head[from(at)])).collect()
+    }
 }
 
 /// What an adapter holds for one module: full names of tensors.
@@ -214,14 +230,8 @@ impl Adapter {
     /// keys, in the model's order.
     fn in_base_order(&self, place: Place, head_dim: Option<usize>) -> Place {
         let (Some(reorder), Some(d)) = (self.reorder, head_dim) else { return place };
-        let half = d / 2;
-        let from = |at: usize| match reorder {
-            Reorder::Interleave => at % 2 * half + at / 2,
-            Reorder::Separate => at % half * 2 + at / half,
-        };
         let rows: Vec<usize> = place.rows.into_iter().flatten().collect();
-        let heads = rows.chunks_exact(d);
-        let rows = heads.flat_map(|head| (0..d).map(move |at| head[from(at)])).map(|r| r..r + 1);
+        let rows = reorder.apply(&rows, d).into_iter().map(|row| row..row + 1);
         Place { rows: rows.collect(), ..place }
     }
 }
