@@ -23,6 +23,7 @@ pub use crate::stats::progress::ProgressMode;
 mod choices;
 mod finetune;
 mod given;
+mod merge;
 mod run;
 mod submit;
 mod text;
@@ -37,6 +38,7 @@ pub use choices::{
 };
 pub use finetune::{DataArgs, FinetuneArgs, FinetuneOutputArgs, Layers, LoraArgs, TrainingArgs};
 pub use given::{GivenFlag, flag_word, given_flags};
+pub use merge::MergeArgs;
 pub use run::{RetryArgs, RunArgs, StatusArgs};
 pub use submit::{JobArgs, RunCommand, SubmitArgs};
 use values::{
@@ -81,6 +83,8 @@ pub enum Command {
     Status(StatusArgs),
     /// Submit batch jobs that work on one run together, one a Slurm partition
     Submit(Box<SubmitArgs>),
+    /// Write an adapter into its model's weights: a model that needs no adapter
+    Merge(MergeArgs),
     /// Copy a model to the memory of every node and keep it there
     Stage(StageCommandArgs),
     /// Show what a model is, and the memory that it needs

@@ -12,6 +12,7 @@ pub mod inspect;
 pub mod launch;
 pub mod load;
 pub mod logging;
+pub mod merge;
 pub mod plan;
 pub mod records;
 pub mod report;
@@ -59,6 +60,7 @@ pub fn run(cli: &Cli) -> i32 {
         Command::Stage(args) => {
             launch::on_ranks(&Start::plain(&args.log), |rank| stage::run(args, rank))
         }
+        Command::Merge(args) => without_ranks(merge::run(args)),
         Command::Submit(args) => without_ranks(submit::run(args, &cli.given)),
         Command::Inspect(args) => without_ranks(inspect::run(args)),
         Command::Report(args) => without_ranks(report::run(args)),

@@ -17,7 +17,7 @@ use crate::comm::TensorComm;
 use crate::kernels::attention::{Heads, Rule, alibi_slopes};
 use crate::kernels::ops::{self as kernel, Activation};
 use crate::kernels::{backward, segments};
-use crate::model::adapter::hf_rows;
+use crate::model::adapter::rotated_rows_in_hf;
 use crate::model::attention::{Attention as Inference, Group};
 use crate::model::config::{AttentionSplit, Block, ModelConfig, Positions};
 use crate::model::layers::{Loader, Norm};
@@ -90,13 +90,11 @@ impl Builder<'_> {
     }
 }
 
-/// The rows of `place` in Hugging Face's order; the first of them are rotated heads.
+/// Where this rank's rows lie in Hugging Face's form; the first of them are rotated heads.
 fn rows_in_hf(model: &ModelConfig, place: &Place, rotated: Option<(usize, usize)>) -> Vec<usize> {
-    let all = hf_rows(model, place, None);
+    let all: Vec<usize> = place.rows.iter().cloned().flatten().collect();
     let Some((count, head_dim)) = rotated else { return all };
-    let heads = all[..count].iter().map(|row| *row..row + 1).collect();
-    let heads = Place { rows: heads, ..place.clone() };
-    let mut rows = hf_rows(model, &heads, Some(head_dim));
+    let mut rows = rotated_rows_in_hf(model, &all[..count], head_dim);
     rows.extend_from_slice(&all[count..]);
     rows
 }

@@ -9,6 +9,7 @@ mod formats;
 mod guided;
 mod identical;
 mod memory;
+mod merge;
 mod records;
 mod refusals;
 mod resume;

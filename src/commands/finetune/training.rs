@@ -238,7 +238,7 @@ impl<'a> Training<'a> {
             tokens,
             tokens_per_second: rate,
             flop_share: Some(rate * self.flops_a_token / self.flops_limit).filter(|s| s.is_finite()),
-            memory_peak_bytes: memory_peak_bytes.unwrap_or(memory),
+            memory_peak_bytes: memory_peak_bytes.filter(|bytes| *bytes > 0),
             step_seconds,
             skipped: outcome.skipped,
         };

@@ -70,6 +70,22 @@ impl QuantType {
         })
     }
 
+    /// ggml's number of the type.
+    pub fn ggml_id(self) -> u32 {
+        match self {
+            Q4_0 => 2,
+            Q4_1 => 3,
+            Q5_0 => 6,
+            Q5_1 => 7,
+            Q8_0 => 8,
+            Q2_K => 10,
+            Q3_K => 11,
+            Q4_K => 12,
+            Q5_K => 13,
+            Q6_K => 14,
+        }
+    }
+
     /// The name that `--quantize` takes and logs show.
     pub fn name(self) -> &'static str {
         match self {

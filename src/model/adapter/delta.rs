@@ -162,7 +162,7 @@ impl Delta {
 }
 
 /// A's columns `cols`; of a stack of experts the one that `place` is of.
-fn a_of(
+pub(super) fn a_of(
     adapter: &Adapter,
     tensors: &LowRankTensors,
     width: usize,
@@ -337,7 +337,8 @@ impl EmbeddingDelta {
     }
 }
 
-fn transposed(matrix: &Weight) -> Vec<f32> {
+/// The matrix with rows for columns.
+pub(super) fn transposed(matrix: &Weight) -> Vec<f32> {
     let (rows, cols) = (matrix.rows(), matrix.cols());
     let values = matrix.to_f32();
     (0..cols)

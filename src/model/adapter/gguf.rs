@@ -72,7 +72,7 @@ fn check_kind(metadata: &Metadata, base: &ModelConfig) -> Result<()> {
 }
 
 /// llama.cpp's name of a family.
-fn architecture(model_type: &str) -> &str {
+pub fn architecture(model_type: &str) -> &str {
     match model_type {
         "mistral" | "mixtral" => "llama",
         "gemma3_text" => "gemma3",

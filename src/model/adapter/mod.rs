@@ -17,10 +17,13 @@
 
 mod delta;
 mod gguf;
+pub mod merge;
 pub mod modules;
 mod peft;
 mod rows;
+mod slots;
 pub mod write;
+pub mod write_gguf;
 
 #[cfg(test)]
 mod tests;
@@ -113,6 +116,19 @@ enum Reorder {
     Interleave,
     /// The other way round.
     Separate,
+}
+
+impl Reorder {
+    /// `rows`, which are whole heads of width `d`, in the other order.
+    fn apply(self, rows: &[usize], d: usize) -> Vec<usize> {
+        let half = d / 2;
+        let from = |at: usize| match self {
+            Reorder::Interleave => at % 2 * half + at / 2,
+            Reorder::Separate => at % half * 2 + at / half,
+        };
+        let heads = rows.chunks_exact(d);
+        heads.flat_map(|head| (0..d).map(move |at| head[from(at)])).collect()
+    }
 }
 
 /// What an adapter holds for one module: full names of tensors.
@@ -215,28 +231,18 @@ impl Adapter {
     /// keys, in the model's order.
     fn in_base_order(&self, place: Place, head_dim: Option<usize>) -> Place {
         let (Some(reorder), Some(d)) = (self.reorder, head_dim) else { return place };
-        let rows = reordered(&place.rows, d, reorder).into_iter().map(|r| r..r + 1);
+        let rows: Vec<usize> = place.rows.into_iter().flatten().collect();
+        let rows = reorder.apply(&rows, d).into_iter().map(|row| row..row + 1);
         Place { rows: rows.collect(), ..place }
     }
 }
 
-/// The rows `rows`, heads of width `d`, one by one in the other order.
-fn reordered(rows: &[Range<usize>], d: usize, reorder: Reorder) -> Vec<usize> {
-    let half = d / 2;
-    let from = |at: usize| match reorder {
-        Reorder::Interleave => at % 2 * half + at / 2,
-        Reorder::Separate => at % half * 2 + at / half,
-    };
-    let rows: Vec<usize> = rows.iter().cloned().flatten().collect();
-    rows.chunks_exact(d).flat_map(|head| (0..d).map(move |at| head[from(at)])).collect()
-}
-
-/// Which rows of the matrix in Hugging Face's form the rows of this model are: `place` is
-/// that of some rows there, which are heads of width `head_dim` where they are queries or keys.
-pub fn hf_rows(base: &ModelConfig, place: &Place, head_dim: Option<usize>) -> Vec<usize> {
-    match head_dim.filter(|_| is_interleaved(base)) {
-        Some(d) => reordered(&place.rows, d, Reorder::Interleave),
-        None => place.rows.iter().cloned().flatten().collect(),
+/// Where rows of queries or keys of this model, in its order, lie in Hugging Face's form:
+/// `rows` are those rows there, whole heads of width `head_dim`, in that form's order.
+pub fn rotated_rows_in_hf(base: &ModelConfig, rows: &[usize], head_dim: usize) -> Vec<usize> {
+    match is_interleaved(base) {
+        true => Reorder::Interleave.apply(rows, head_dim),
+        false => rows.to_vec(),
     }
 }
 

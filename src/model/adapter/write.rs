@@ -207,17 +207,19 @@ impl View for F32s<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::{Adapter, AdapterSource};
-    use super::*;
-    use crate::model::checkpoint::{Checkpoint, Format, TensorTable};
+pub(super) mod testing {
+    //! Adapters for tests.
 
-    fn golden(name: &str) -> std::path::PathBuf {
+    use super::*;
+    use crate::model::checkpoint::{Format, TensorTable};
+
+    /// A path of tests/golden.
+    pub fn golden(name: &str) -> std::path::PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
     }
 
     /// What peft has written to the golden adapter `name`, as training would hold it.
-    pub(in crate::model::adapter) fn read_golden(name: &str) -> AdapterFile {
+    pub fn read_golden(name: &str) -> AdapterFile {
         let dir = golden("adapters").join(name);
         let config: Value =
             serde_json::from_slice(&std::fs::read(dir.join(CONFIG)).unwrap()).unwrap();
@@ -263,6 +265,39 @@ mod tests {
         }
         file
     }
+
+    /// An adapter of these modules (name, rows, columns) whose factors are zero.
+    pub fn zeros(r: usize, modules: &[(&str, [usize; 2])]) -> AdapterFile {
+        let settings = WrittenSettings {
+            r,
+            lora_alpha: 2.0 * r as f64,
+            lora_dropout: 0.0,
+            target_modules: modules.iter().map(|(name, _)| (*name).to_owned()).collect(),
+            use_rslora: false,
+            use_dora: false,
+            layers_to_transform: None,
+            modules_to_save: Vec::new(),
+            base_model_name_or_path: "/models/llama".into(),
+        };
+        let module = |(name, [outputs, inputs]): &(&str, [usize; 2])| WrittenModule {
+            name: (*name).to_owned(),
+            inputs: *inputs,
+            outputs: *outputs,
+            rank: r,
+            a: vec![0.0; r * inputs],
+            b: vec![0.0; outputs * r],
+            magnitude: None,
+        };
+        AdapterFile { settings, modules: modules.iter().map(module).collect(), saved: Vec::new() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Adapter, AdapterSource};
+    use super::testing::{golden, read_golden};
+    use super::*;
+    use crate::model::Checkpoint;
 
     #[test]
     fn the_weights_are_peft_s_byte_for_byte() {
@@ -337,7 +372,7 @@ mod tests {
     fn tensors_that_do_not_fit_are_refused_by_name() {
         let good = read_golden("dora");
         let changes: [fn(&mut AdapterFile); 5] = [
-            |file| drop(file.modules[1].a.pop()),
+            |file| file.modules[1].a.truncate(5),
             |file| file.modules[1].b.push(0.0),
             |file| file.modules[1].magnitude = None,
             |file| file.modules[1].rank = 3,

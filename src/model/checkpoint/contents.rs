@@ -131,7 +131,7 @@ fn first(files: &ModelFiles) -> String {
 }
 
 /// Multimodal models keep the language model under a prefix.
-pub(in crate::model) fn language_model_name(name: &str) -> String {
+pub(crate) fn language_model_name(name: &str) -> String {
     if let Some(rest) = name.strip_prefix("language_model.") {
         return rest.to_owned();
     }

@@ -21,7 +21,7 @@ use std::ops::Range;
 use std::path::Path;
 
 pub use contents::Contents;
-pub(super) use contents::language_model_name;
+pub(crate) use contents::language_model_name;
 pub use files::{Format, ModelFiles};
 pub use table::TensorTable;
 
@@ -54,6 +54,13 @@ impl StoredDtype {
             StoredDtype::Quant(quant) => quant.name(),
             StoredDtype::Other(name) => name,
         }
+    }
+
+    /// Bytes of a tensor of `shape`, where the type is known.
+    pub fn bytes_of(&self, shape: &[usize]) -> Option<u64> {
+        let (unit_len, unit_bytes) = self.unit()?;
+        let len = shape.iter().fold(1, |len: usize, n| len.saturating_mul(*n));
+        Some((len / unit_len).saturating_mul(unit_bytes) as u64)
     }
 
     /// Values and bytes of the smallest part that can be cut out.
@@ -129,8 +136,7 @@ impl Tensor {
 
     /// Bytes in the file.
     pub fn bytes(&self) -> Option<u64> {
-        let (unit_len, unit_bytes) = self.dtype.unit()?;
-        Some((self.len() / unit_len).saturating_mul(unit_bytes) as u64)
+        self.dtype.bytes_of(&self.shape)
     }
 }
 

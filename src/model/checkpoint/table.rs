@@ -75,6 +75,11 @@ impl TensorTable {
         self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
     }
 
+    /// The files that they lie in, in order: path and bytes.
+    pub fn files(&self) -> impl Iterator<Item = (&Path, &[u8])> {
+        self.mapped.iter().map(|file| (file.path.as_path(), &file.map[..]))
+    }
+
     /// Whether there is such a tensor.
     pub fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)

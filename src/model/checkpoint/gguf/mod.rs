@@ -3,7 +3,7 @@
 //! [`read`] turns the bytes of a mapped file into tables; [`split_paths`] and [`merge`] do
 //! with models that lie in several files; [`config`] turns the metadata into the form of
 //! HF's `config.json`. Tensors stay where they are. The vocabulary is read by the
-//! tokenizer; nothing here writes GGUF files.
+//! tokenizer. [`GgufHeader`] is what a file begins with when it is written.
 
 pub mod config;
 pub mod metadata;
@@ -11,11 +11,13 @@ mod read;
 mod split;
 #[cfg(test)]
 pub(crate) mod testing;
+mod write;
 
 pub use config::{hf_config, interleaved_rope};
 pub use metadata::{Metadata, Value};
-pub use read::read;
+pub use read::{Layout, RawPair, RawTensor, layout, read};
 pub use split::{Merged, merge, split_paths};
+pub use write::{GgufHeader, type_id};
 
 use super::StoredTensor;
 

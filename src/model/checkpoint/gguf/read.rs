@@ -45,6 +45,70 @@ pub fn read(bytes: &[u8]) -> Result<GgufFile> {
     Ok(GgufFile { metadata, tensors })
 }
 
+/// A file as it lies: what another one is made of that differs in some tensors.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Layout<'a> {
+    /// The key-value pairs, in order.
+    pub pairs: Vec<RawPair<'a>>,
+    /// The tensors, in order.
+    pub tensors: Vec<RawTensor<'a>>,
+    /// Where tensors begin: at multiples of this.
+    pub alignment: u64,
+}
+
+/// A key-value pair.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RawPair<'a> {
+    /// Its key.
+    pub key: &'a str,
+    /// Key, type and value as the file has them.
+    pub bytes: &'a [u8],
+}
+
+/// A tensor.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RawTensor<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// ggml's number of its type.
+    pub kind: u32,
+    /// Lengths, outermost dimension first.
+    pub shape: Vec<usize>,
+    /// Its values.
+    pub bytes: &'a [u8],
+}
+
+/// Reads the file whose bytes are `bytes` without interpreting what it holds.
+///
+/// # Errors
+/// See [`read`]; a tensor whose type, and so its size, is not known.
+pub fn layout(bytes: &[u8]) -> Result<Layout<'_>> {
+    let checked = read(bytes)?;
+    let mut cursor = Cursor { bytes, at: 0 };
+    check_version(&mut cursor)?;
+    let n_tensors = cursor.count("tensors", ENTRY_MIN)?;
+    let n_pairs = cursor.count("key-value pairs", PAIR_MIN)?;
+    let mut pairs = Vec::with_capacity(n_pairs);
+    for _ in 0..n_pairs {
+        let start = cursor.at;
+        let key = cursor.name()?;
+        let kind = cursor.u32()?;
+        cursor.value(kind)?;
+        pairs.push(RawPair { key, bytes: &bytes[start..cursor.at] });
+    }
+    let entries = read_entries(&mut cursor, n_tensors)?.into_iter().zip(&checked.tensors);
+    let tensors = entries.map(|(entry, tensor)| {
+        let len = entry.bytes.ok_or_else(|| {
+            let (name, kind) = (shown(entry.name), entry.kind);
+            Error::input(format!("tensor {name} has the unknown type {kind}"))
+        })?;
+        let bytes = &bytes[tensor.offset..tensor.offset + len];
+        Ok(RawTensor { name: entry.name, kind: entry.kind, shape: entry.shape, bytes })
+    });
+    let tensors = tensors.collect::<Result<_>>()?;
+    Ok(Layout { pairs, tensors, alignment: alignment(&checked.metadata)? })
+}
+
 fn check_version(cursor: &mut Cursor) -> Result<()> {
     if cursor.bytes.len() < 4 || &cursor.bytes[..4] != MAGIC {
         return Err(Error::input("not a GGUF file: it does not begin with \"GGUF\""));
@@ -84,6 +148,7 @@ fn read_pairs(cursor: &mut Cursor, n: usize) -> Result<Metadata> {
 /// A tensor as its entry describes it.
 struct Entry<'a> {
     name: &'a str,
+    kind: u32,
     dtype: StoredDtype,
     shape: Vec<usize>,
     /// From the start of the data section.
@@ -125,6 +190,7 @@ fn read_entry<'a>(cursor: &mut Cursor<'a>, name: &'a str) -> Result<Entry<'a>> {
     let kind = cursor.u32()?;
     Ok(Entry {
         name,
+        kind,
         dtype: stored_dtype(kind),
         bytes: size(kind, &shape)?,
         offset: cursor.u64()?,
