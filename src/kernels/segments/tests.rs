@@ -1,3 +1,5 @@
+use super::backward::{KEYS_A_TASK, differentiate, whole_units_suffice};
+use super::forward::attend;
 use super::*;
 use crate::kernels::attention::{self, BLOCK_SIZE, Rows};
 use crate::kernels::tests::{random, tiers};
