@@ -66,19 +66,16 @@ pub(super) fn differentiate(
     });
 }
 
-/// Tasks for some of the keys, and tasks for a tile of queries.
+/// Tasks for some of the keys, and tasks for some of the queries.
 fn divide(whole: Part, parts: &mut Vec<(Part, Of)>) {
     for start in whole.keys.clone().step_by(KEYS_A_TASK) {
         let keys = start..(start + KEYS_A_TASK).min(whole.keys.end);
         let queries = start / QUERIES * QUERIES..whole.queries.end;
         parts.push((Part { keys, queries, ..whole.clone() }, Of::Keys));
     }
-    for head in whole.heads.clone() {
-        for tile in whole.tiles(head) {
-            let (heads, queries) = (head..head + 1, tile.positions());
-            let keys = 0..queries.end;
-            parts.push((Part { heads, queries, keys, ..whole.clone() }, Of::Queries));
-        }
+    for start in whole.queries.clone().step_by(QUERIES) {
+        let queries = start..(start + QUERIES).min(whole.queries.end);
+        parts.push((Part { keys: 0..queries.end, queries, ..whole.clone() }, Of::Queries));
     }
 }
 

@@ -9,13 +9,16 @@ use crate::kernels::dispatch;
 use crate::kernels::parallel::{self, SharedMut};
 use crate::kernels::simd::{self, LANES, Simd};
 
-/// Tiles of queries for which a task brings in the keys and values.
+/// Tiles of queries for which a task brings in the keys and values, if that leaves each
+/// thread several tasks.
 const TILES_A_TASK: usize = 8;
 
 pub(super) fn attend(job: &Job<'_>, segments: &[Range<usize>], out: &mut [f32], lse: &mut [f32]) {
     job.check(segments, lse.len());
     assert_eq!(out.len(), job.q.len());
-    let positions = QUERIES * (TILES_A_TASK / job.group()).max(1);
+    let tiles = segments.iter().map(|s| job.h.heads * s.len().div_ceil(QUERIES)).sum::<usize>();
+    let tiles = (tiles / (4 * rayon::current_num_threads())).min(TILES_A_TASK);
+    let positions = QUERIES * (tiles / job.group()).max(1);
     let mut parts = Vec::new();
     let mut flops = 0;
     for segment in segments {
