@@ -1,37 +1,133 @@
-//! Products of small matrices that lie in the first-level cache, any way round.
+//! The products of matrices in tiles of queries and keys, which lie in the nearest caches.
+//!
+//! Numbers of pairs, be they scores or gradients, are `[keys][QUERIES]`, a query a lane.
 
 #![allow(clippy::needless_range_loop, reason = "tiles are indexed in two dimensions at once")]
 
+use std::ops::Range;
+
+use super::QUERIES;
 use crate::kernels::Tier;
 use crate::kernels::simd::{self, LANES, Simd};
 
+/// The lanes of the vectors that hold these.
+pub(super) fn vectors(lanes: &Range<usize>) -> Range<usize> {
+    lanes.start / LANES * LANES..lanes.end.next_multiple_of(LANES)
+}
+
+/// `pairs[key, lane] = x[key] · y[lane]` for the vectors that hold `lanes`, with `x`
+/// `[keys][width]` and `y` `[head_dim][QUERIES]`: unscaled scores of keys and queries, or what
+/// values and a gradient give.
+pub(super) fn score(
+    tier: Tier,
+    lanes: &Range<usize>,
+    (x, width): (&[f32], usize),
+    y: &[f32],
+    pairs: &mut [f32],
+) {
+    let (lanes, keys, head_dim) = (vectors(lanes), x.len() / width, y.len() / QUERIES);
+    assert!(lanes.end <= QUERIES && head_dim <= width && pairs.len() >= keys * QUERIES);
+    let product = Product {
+        a: x.as_ptr(),
+        a_row: width,
+        a_col: 1,
+        b: y[lanes.start..].as_ptr(),
+        b_row: QUERIES,
+        c: pairs[lanes.start..].as_mut_ptr(),
+        c_row: QUERIES,
+        m: keys,
+        n: lanes.len(),
+        k: head_dim,
+        accumulate: false,
+    };
+    // SAFETY: the slices hold that many keys, lanes and dimensions.
+    unsafe { product.run(tier) };
+}
+
+/// `sums[lane] += Σ pairs[key, lane] * x[key]` for `lanes`, with `x` `[keys][width]` and `sums`
+/// `[QUERIES][width]`.
+pub(super) fn add_keys(
+    tier: Tier,
+    lanes: &Range<usize>,
+    pairs: &[f32],
+    (x, width): (&[f32], usize),
+    sums: &mut [f32],
+) {
+    let keys = x.len() / width;
+    assert!(lanes.end <= QUERIES && width.is_multiple_of(LANES));
+    assert!(pairs.len() >= keys * QUERIES && sums.len() >= QUERIES * width);
+    let product = Product {
+        a: pairs[lanes.start..].as_ptr(),
+        a_row: 1,
+        a_col: QUERIES,
+        b: x.as_ptr(),
+        b_row: width,
+        c: sums[lanes.start * width..].as_mut_ptr(),
+        c_row: width,
+        m: lanes.len(),
+        n: width,
+        k: keys,
+        accumulate: true,
+    };
+    // SAFETY: the slices hold that many lanes, keys and widths.
+    unsafe { product.run(tier) };
+}
+
+/// `sums[key] += Σ pairs[key, lane] * x[lane]` over `lanes`, with `x` `[QUERIES][width]` and
+/// `sums` `[keys][width]`.
+pub(super) fn add_queries(
+    tier: Tier,
+    lanes: &Range<usize>,
+    pairs: &[f32],
+    (x, width): (&[f32], usize),
+    sums: &mut [f32],
+) {
+    let keys = sums.len() / width;
+    assert!(lanes.end <= QUERIES && width.is_multiple_of(LANES));
+    assert!(pairs.len() >= keys * QUERIES && x.len() >= QUERIES * width);
+    let product = Product {
+        a: pairs[lanes.start..].as_ptr(),
+        a_row: QUERIES,
+        a_col: 1,
+        b: x[lanes.start * width..].as_ptr(),
+        b_row: width,
+        c: sums.as_mut_ptr(),
+        c_row: width,
+        m: keys,
+        n: width,
+        k: lanes.len(),
+        accumulate: true,
+    };
+    // SAFETY: the slices hold that many keys, lanes and widths.
+    unsafe { product.run(tier) };
+}
+
 /// `c[m, n] (+)= a[m, k] · b[k, n]`. An element of `c` is one chain of fused
 /// multiply-adds over `k` in index order, continued where the last product left it.
-pub(super) struct Product {
+struct Product {
     /// Element `(i, k)` is at `i * a_row + k * a_col`: a matrix or its transpose.
-    pub a: *const f32,
-    pub a_row: usize,
-    pub a_col: usize,
+    a: *const f32,
+    a_row: usize,
+    a_col: usize,
     /// Rows `b_row` apart.
-    pub b: *const f32,
-    pub b_row: usize,
+    b: *const f32,
+    b_row: usize,
     /// Rows `c_row` apart.
-    pub c: *mut f32,
-    pub c_row: usize,
-    pub m: usize,
+    c: *mut f32,
+    c_row: usize,
+    m: usize,
     /// Whole vectors.
-    pub n: usize,
-    pub k: usize,
+    n: usize,
+    k: usize,
     /// Add to what `c` holds.
-    pub accumulate: bool,
+    accumulate: bool,
 }
 
 impl Product {
     /// # Safety
     /// The pointers are valid for the shape, `c` overlaps neither `a` nor `b`, and the CPU has
     /// the tier's instructions.
-    pub unsafe fn run(&self, tier: Tier) {
-        debug_assert!(self.n.is_multiple_of(LANES));
+    unsafe fn run(&self, tier: Tier) {
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
         unsafe fn avx512(p: &Product) {

@@ -1,3 +1,5 @@
+use super::backward::{KEYS_A_TASK, differentiate, whole_units_suffice};
+use super::forward::attend;
 use super::*;
 use crate::kernels::attention::{self, BLOCK_SIZE, Rows};
 use crate::kernels::tests::{random, tiers};
@@ -148,9 +150,8 @@ fn check(case: &Case) {
                 let want = case.formula(&x, segment, row, head);
                 let at = row * heads + head;
                 close(first.lse[at], want[head_dim], "lse");
-                for d in 0..head_dim {
-                    close(first.out[at * head_dim + d], want[d], "out");
-                }
+                let out = &first.out[at * head_dim..][..head_dim];
+                out.iter().zip(&want).for_each(|(out, want)| close(*out, *want, "out"));
             }
         }
     }
@@ -223,6 +224,16 @@ fn a_segment_gives_the_same_bits_alone_and_packed() {
             assert_eq!(part(&packed.dk, kv_heads * head_dim), alone.dk);
             assert_eq!(part(&packed.dv, kv_heads * head_dim), alone.dv);
         }
+    }
+}
+
+#[test]
+fn the_number_of_threads_does_not_change_bits() {
+    let case = Case::new([4, 2, 16], &[300, 170]);
+    let alone = case.run(tier(), true);
+    for (threads, whole_units) in [(1, false), (3, true), (3, false)] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        assert!(pool.install(|| case.run(tier(), whole_units)) == alone, "{threads}");
     }
 }
 
