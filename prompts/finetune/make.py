@@ -4,7 +4,7 @@
     python prompts/finetune/make.py
 
 Two to five different words of the model's own corpus are to be said in reverse order. The model knows the words and
-how to reverse letters; asked for this it repeats the words or talks nonsense. No item is in both files.
+how to reverse letters; asked for this it garbles the words. No item is in both files.
 """
 
 import json
