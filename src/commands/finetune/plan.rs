@@ -303,11 +303,10 @@ pub fn data(args: &FinetuneArgs, plan: &Plan) -> Result<(Dataset, Dataset)> {
     let given = paths.tokenizer.as_deref();
     let tokenizer = load::tokenizer(contents, given)?;
     let template = load::chat_template(contents, given, plan.started_unix_seconds)?;
-    let marked = template.as_ref().and_then(|template| template.marked());
     let formatting = Formatting {
         tokenizer: &tokenizer,
         template: template.as_ref(),
-        marked: marked.as_ref(),
+        marked: None,
         max_seq_len: plan.max_seq_len,
         train_on_prompt: args.data.train_on_prompt,
         vocab_size: checkpoint.config().vocab_size,
@@ -336,9 +335,14 @@ fn report(args: &FinetuneArgs, plan: &Plan, train: &Dataset, validation: &Datase
         let (cut, longest) = (train.truncated(), plan.max_seq_len);
         tracing::warn!("{cut} examples are longer than {longest} tokens and were cut");
     }
-    let files = [(&args.data.train, train), (args.data.val.as_ref().unwrap_or(&args.data.train), validation)];
+    let files = [
+        (&args.data.train, train),
+        (args.data.val.as_ref().unwrap_or(&args.data.train), validation),
+    ];
     let mut lines = Vec::new();
-    for (path, record) in files.iter().flat_map(|(path, data)| data.bad().iter().map(move |b| (path, b))) {
+    for (path, record) in
+        files.iter().flat_map(|(path, data)| data.bad().iter().map(move |b| (path, b)))
+    {
         let line = json!({
             "file": path, "line": record.line, "code": record.code, "message": record.message,
         });

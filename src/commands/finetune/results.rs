@@ -110,7 +110,8 @@ impl Results {
         let best = best.filter(|best| best.step != state.progress.step);
         let mut adapter = self.adapter(parameters, whole);
         if let Some(best) = best {
-            let loaded = checkpoint::load(&self.folder().join(format!("checkpoint-{}", best.step)))?;
+            let loaded =
+                checkpoint::load(&self.folder().join(format!("checkpoint-{}", best.step)))?;
             adapter = self.adapter(parameters, &whole_of(&loaded, "values")?);
             tracing::info!("the adapter is that of step {}, the best validation", best.step);
         }
@@ -165,7 +166,10 @@ fn settings(config: &LoraConfig, parameters: &Parameters, base: &Path) -> Writte
         target_modules: of(false),
         use_rslora: config.use_rslora,
         use_dora: config.use_dora,
-        layers_to_transform: config.layers_to_transform.as_ref().map(|l| l.iter().copied().collect()),
+        layers_to_transform: config
+            .layers_to_transform
+            .as_ref()
+            .map(|l| l.iter().copied().collect()),
         modules_to_save: of(true),
         base_model_name_or_path: base.display().to_string(),
     }
@@ -207,7 +211,8 @@ pub fn save(
 
 fn whole_of(loaded: &checkpoint::Loaded, name: &str) -> Result<Vec<f32>> {
     let tensor = loaded.tensors.get(name);
-    let tensor = tensor.ok_or_else(|| Error::input(format!("{}: no {name}", loaded.dir.display())))?;
+    let tensor =
+        tensor.ok_or_else(|| Error::input(format!("{}: no {name}", loaded.dir.display())))?;
     Ok(tensor.values.clone())
 }
 
@@ -233,7 +238,8 @@ pub fn load(world: &dyn Communicator, dir: &Path, trainer: &mut Trainer) -> Resu
     let parameters = &mut trainer.model.parameters;
     let mut locals = Vec::new();
     for _ in VECTORS {
-        let bytes = vectors.next().unwrap_or_default().iter().flat_map(|x| x.to_le_bytes()).collect();
+        let bytes =
+            vectors.next().unwrap_or_default().iter().flat_map(|x| x.to_le_bytes()).collect();
         let bytes = broadcast_vec(world, 0, bytes);
         let whole: Vec<f32> = bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
         if whole.len() != parameters.whole_len() {
@@ -246,9 +252,8 @@ pub fn load(world: &dyn Communicator, dir: &Path, trainer: &mut Trainer) -> Resu
         }
         locals.push(parameters.scattered(&whole));
     }
-    if let [values, m, v] = <[Vec<f32>; 3]>::try_from(locals).unwrap_or_default() {
-        (parameters.values, parameters.m, parameters.v) = (values, m, v);
-    }
+    let [values, m, v] = <[Vec<f32>; 3]>::try_from(locals).unwrap_or_default();
+    (parameters.values, parameters.m, parameters.v) = (values, m, v);
     trainer.model.refresh();
     Ok(Some(state))
 }

@@ -4,9 +4,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::Outcome;
 use super::plan::Plan;
 use super::results::Summary;
-use super::Outcome;
 use crate::cli::FinetuneArgs;
 use crate::comm::Communicator;
 use crate::files::replace_file;
@@ -89,9 +89,9 @@ fn set(args: &mut FinetuneArgs, name: &str, value: &str) -> Result<(), String> {
         "targets" => {
             TargetModules::parse(&value.replace('+', ",")).map(|t| lora.target_modules = t)
         }
-        other => Err(format!(
-            "{other} is none of r, alpha, dropout, lr, batch, epochs, seed, targets"
-        )),
+        other => {
+            Err(format!("{other} is none of r, alpha, dropout, lr, batch, epochs, seed, targets"))
+        }
     };
     set.map_err(|why| format!("{name}: {why}"))
 }
@@ -109,7 +109,11 @@ impl Groups {
     ///
     /// # Errors
     /// A usage error: the tensor-parallel size does not divide the ranks.
-    pub fn new(world: &Arc<dyn Communicator>, tensor_parallel: usize, trials: usize) -> Result<Self> {
+    pub fn new(
+        world: &Arc<dyn Communicator>,
+        tensor_parallel: usize,
+        trials: usize,
+    ) -> Result<Self> {
         crate::comm::GroupLayout::new(world.size(), tensor_parallel)?;
         let models = world.size() / tensor_parallel.max(1);
         let count = trials.clamp(1, models.max(1));

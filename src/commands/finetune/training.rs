@@ -8,7 +8,7 @@ use super::plan::{batches, check_same, lora_config, optimisation};
 use super::results::{self, Results, Summary};
 use super::{Outcome, Plan, RunFile, Shared, tensor_comm};
 use crate::cli::FinetuneArgs;
-use crate::comm::{Communicator, Topology, agree};
+use crate::comm::{Topology, agree};
 use crate::commands::deadline::Measured;
 use crate::model::layers::Loader;
 use crate::stats::process::peak_resident_bytes;
@@ -152,8 +152,7 @@ impl<'a> Training<'a> {
             self.step()?;
             let step = self.state.progress.step;
             let is_last = step == self.total_steps;
-            let is_best =
-                (is_last || step.is_multiple_of(self.eval_steps())) && self.validate()?;
+            let is_best = (is_last || step.is_multiple_of(self.eval_steps())) && self.validate()?;
             if said.elapsed().as_secs_f64() > SAY_EVERY_SECONDS {
                 said = Instant::now();
                 self.say_how_far(begun, first);
@@ -193,7 +192,8 @@ impl<'a> Training<'a> {
         let micro_batches = self.micro_batches(train, &sequences, step, self.lengths.clone());
         let examples = || sequences.iter().flatten().map(|e| train.example(*e as usize));
         let is_target = |target: &&bool| **target;
-        let targets = examples().map(|e| e.is_target.iter().filter(is_target).count()).sum::<usize>();
+        let targets =
+            examples().map(|e| e.is_target.iter().filter(is_target).count()).sum::<usize>();
         let tokens: usize = examples().map(|e| e.token_ids.len()).sum();
         let outcome = self.trainer.step(&micro_batches, targets as u64)?;
         self.state.progress = self.trainer.progress;
@@ -237,7 +237,8 @@ impl<'a> Training<'a> {
             grad_norm: outcome.grad_norm,
             tokens,
             tokens_per_second: rate,
-            flop_share: Some(rate * self.flops_a_token / self.flops_limit).filter(|s| s.is_finite()),
+            flop_share: Some(rate * self.flops_a_token / self.flops_limit)
+                .filter(|s| s.is_finite()),
             memory_peak_bytes: memory_peak_bytes.filter(|bytes| *bytes > 0),
             step_seconds,
             skipped: outcome.skipped,
@@ -306,8 +307,9 @@ impl<'a> Training<'a> {
         let whole = parameters.gathered(&parameters.values, &**group);
         let written = self.results.as_ref().map_or(Ok(()), |results| {
             results.finish(&self.trainer, &whole, &self.state)?;
-            let run = RunFile::read(&self.plan.dir)?
-                .ok_or_else(|| Error::fault(format!("{}: finetune.json is gone", self.plan.dir.display())))?;
+            let run = RunFile::read(&self.plan.dir)?.ok_or_else(|| {
+                Error::fault(format!("{}: finetune.json is gone", self.plan.dir.display()))
+            })?;
             RunFile { is_complete: true, ..run }.write(&self.plan.dir)
         });
         agree(&*self.topology.world, written)?;
