@@ -82,8 +82,7 @@ impl Conversation<'_> {
         let start = start?;
         let whole = self.up_to(&self.messages[..=i])?;
         let turn = whole.get(start..).filter(|_| self.text.starts_with(&whole))?;
-        let content = self.messages[i].get("content").and_then(Value::as_str).unwrap_or_default();
-        let content = content.trim_end();
+        let content = content(&self.messages[i]);
         let trimmed = turn.trim_end();
         // Where there is but white space behind the text, that is what ends it.
         let is_unmarked = !content.is_empty() && trimmed.ends_with(content);
@@ -119,11 +118,21 @@ impl Conversation<'_> {
         if same < closed.len() {
             // `<|end|><|` of `<|end|><|eos|>` and `<|end|><|assistant|>`: whole marks only.
             let ends_mark = |byte: &u8| matches!(byte, b'>' | b']' | b'\n');
-            let last = closed.as_bytes()[..same].iter().rposition(ends_mark)?;
-            closed.truncate(last + 1);
+            let marks_end = closed.as_bytes()[..same].iter().rposition(ends_mark)? + 1;
+            let content = messages.last().map_or("", content);
+            let content_end = closed.rfind(content).map_or(0, |at| at + content.len());
+            // A text with no mark but that EOS keeps it.
+            if marks_end > content_end {
+                closed.truncate(marks_end);
+            }
         }
         Some(closed)
     }
+}
+
+/// A message's text without the white space at its end, which templates may trim.
+fn content(message: &Value) -> &str {
+    message.get("content").and_then(Value::as_str).unwrap_or_default().trim_end()
 }
 
 fn is_turn(message: &Value) -> bool {
@@ -131,10 +140,8 @@ fn is_turn(message: &Value) -> bool {
 }
 
 fn teaches(message: &Value) -> bool {
-    let is_blank =
-        message.get("content").and_then(Value::as_str).is_none_or(|t| t.trim().is_empty());
     let weight = message.get("weight").and_then(Value::as_f64);
-    weight != Some(0.0) && (!is_blank || message.get("tool_calls").is_some())
+    weight != Some(0.0) && (!content(message).is_empty() || message.get("tool_calls").is_some())
 }
 
 fn rendered(

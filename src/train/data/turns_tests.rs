@@ -46,6 +46,20 @@ fn a_turn_is_its_text_and_the_mark_that_ends_it() {
     assert_eq!(learned(unmarked, &messages), [" A1\n\n", " A2\n\n"]);
 }
 
+#[test]
+fn an_eos_is_learned_where_it_alone_ends_the_turn() {
+    let source = "{% for m in messages %}{{ m.role }}> {{ m.content }}END{% endfor %}\
+        {% if add_generation_prompt %}ASK{% else %}</s>{% endif %}";
+    let mut messages = conversation()[..2].to_vec();
+    messages[1]["content"] = json!("x > 1\ny");
+    // What asks for a turn may be how it begins, or something else.
+    for ask in ["assistant> ", "<a>"] {
+        let turn = |end| learned(&source.replace("END", end).replace("ASK", ask), &messages);
+        assert_eq!(turn(""), ["x > 1\ny</s>"], "{ask}");
+        assert_eq!(turn("<|end|>"), ["x > 1\ny<|end|>"], "{ask}");
+    }
+}
+
 /// Every template of the goldens that takes such a conversation.
 #[test]
 fn turns_are_found_in_the_templates_in_use() {
