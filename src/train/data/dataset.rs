@@ -14,8 +14,8 @@ pub struct Dataset {
     is_target: Vec<bool>,
     /// Where each example ends in the two above.
     ends: Vec<usize>,
-    bad: Vec<BadRecord>,
-    truncated: usize,
+    pub(super) bad: Vec<BadRecord>,
+    pub(super) truncated: usize,
 }
 
 impl Dataset {
@@ -74,14 +74,6 @@ impl Dataset {
         self.token_ids.extend_from_slice(example.token_ids);
         self.is_target.extend_from_slice(example.is_target);
         self.ends.push(self.token_ids.len());
-    }
-
-    pub(super) fn push_bad(&mut self, record: BadRecord) {
-        self.bad.push(record);
-    }
-
-    pub(super) fn count_truncated(&mut self) {
-        self.truncated += 1;
     }
 
     /// Takes a share of the examples out for validation: (training, validation), each in the
@@ -234,8 +226,8 @@ mod tests {
     #[test]
     fn bytes_carry_everything_and_damage_is_noticed() {
         let mut dataset = dataset(&[3, 2, PART + 1]);
-        dataset.count_truncated();
-        dataset.push_bad(BadRecord { line: 7, code: "empty".into(), message: "ü".into() });
+        dataset.truncated += 1;
+        dataset.bad.push(BadRecord { line: 7, code: "empty".into(), message: "ü".into() });
         let bytes = dataset.to_bytes();
         assert_eq!(Dataset::from_bytes(&bytes).unwrap(), dataset);
         assert_eq!(Dataset::from_bytes(&Dataset::default().to_bytes()).unwrap().len(), 0);
@@ -251,7 +243,7 @@ mod tests {
     fn the_identity_is_that_of_the_examples() {
         let before = dataset(&[3, 2]);
         let mut same = before.clone();
-        same.count_truncated();
+        same.truncated += 1;
         assert_eq!(before.identity(), same.identity());
         assert_ne!(before.identity(), dataset(&[2, 3]).identity());
         let mut other = before.clone();

@@ -22,6 +22,9 @@ mod dataset;
 mod marks;
 mod order;
 mod read;
+mod record;
+mod tokens;
+mod turns;
 
 pub use dataset::Dataset;
 pub use marks::mark_generation;
