@@ -45,7 +45,7 @@ pub fn run(args: &MergeArgs) -> Result<()> {
         Dtype::Bf16 => Some(StoredDtype::Bf16),
         Dtype::F16 => Some(StoredDtype::F16),
     };
-    let partial = Partial::beside(&args.output);
+    let partial = Partial::beside(&args.output)?;
     let remarks = match base.files().format {
         Format::Gguf => gguf::write(&partial.path, &base, &merge, dtype)?,
         _ => directory::write(&partial.path, &base, &merge, dtype)?,
@@ -90,8 +90,12 @@ struct Partial {
 }
 
 impl Partial {
-    fn beside(output: &Path) -> Self {
-        Self { path: with_suffix(output, &format!("{}.partial", std::process::id())) }
+    /// For `output`, whose folder is made where missing.
+    fn beside(output: &Path) -> Result<Self> {
+        if let Some(folder) = output.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+            std::fs::create_dir_all(folder).map_err(|error| Error::io(folder, error))?;
+        }
+        Ok(Self { path: with_suffix(output, &format!("{}.partial", std::process::id())) })
     }
 
     fn rename(self, output: &Path) -> Result<()> {

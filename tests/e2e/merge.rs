@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use farm::model::Checkpoint;
 use farm::model::adapter::write::{AdapterFile, WrittenModule, WrittenSettings, write_peft};
+use farm::model::adapter::write_gguf::write_gguf;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
@@ -100,73 +101,98 @@ fn a_merged_model_answers_as_the_model_with_its_adapter() {
 fn a_merged_gguf_model_answers_as_the_model_with_its_adapter() {
     let scratch = Scratch::new();
     let gguf = |name: &str| golden("gguf").join(name);
-    for (name, base, adapter) in [
-        ("peft", gguf("llama_f32.gguf"), adapter("lora_qv")),
-        ("dora", gguf("llama_f32.gguf"), adapter("dora")),
-        ("gguf", gguf("llama_f32.gguf"), gguf("llama_lora.gguf")),
-        ("gguf on hf", golden("llama_gqa"), gguf("llama_lora.gguf")),
-        ("split", gguf("llama_split-00002-of-00003.gguf"), adapter("lora_qv")),
-        ("falcon", gguf("falcon_40b.gguf"), adapter("falcon_qkv")),
-        ("phi3", gguf("phi3.gguf"), adapter("phi3_fused")),
-        ("quantized", gguf("llama_quantized_q4_k.gguf"), adapter_of_quantized(&scratch)),
+    let peft = |base: &Path, parts: &[&str], dora: bool| {
+        let dir = scratch.path(&format!("{} {dora}", base.file_stem().unwrap().display()));
+        write_peft(&dir, &made(base, parts, dora)).unwrap();
+        dir
+    };
+    for (file, parts) in [
+        ("llama_f32.gguf", &["q_proj", "k_proj", "o_proj", "up_proj"][..]),
+        ("llama_split-00002-of-00003.gguf", &["q_proj", "down_proj"]),
+        ("llama_quantized_q4_k.gguf", &["q_proj", "gate_proj"]),
+        ("falcon_40b.gguf", &["query_key_value", "dense"]),
+        ("phi3.gguf", &["qkv_proj", "gate_up_proj"]),
+        ("mixtral.gguf", &["experts.1.w1", "experts.2.w2", "gate"]),
     ] {
-        merged_answers_alike(&scratch, name, &base, &adapter);
+        for dora in [false, true] {
+            let base = gguf(file);
+            merged_answers_alike(
+                &scratch,
+                &format!("{file} {dora}"),
+                &base,
+                &peft(&base, parts, dora),
+            );
+        }
+    }
+    merged_answers_alike(&scratch, "gguf", &gguf("llama_f32.gguf"), &gguf("llama_lora.gguf"));
+}
+
+/// One adapter in both forms changes the model's own form alike.
+#[test]
+fn both_forms_of_an_adapter_merge_to_the_same_bytes() {
+    let scratch = Scratch::new();
+    for (base, parts) in [
+        ("llama_gqa", &["q_proj", "v_proj", "down_proj"][..]),
+        ("falcon_40b", &["query_key_value"]),
+        ("phi3", &["qkv_proj", "down_proj"]),
+        ("gemma2", &["k_proj", "o_proj"]),
+    ] {
+        let model = golden(base);
+        let adapter = made(&model, parts, false);
+        let [peft, gguf] =
+            ["peft", "lora.gguf"].map(|name| scratch.path(&format!("{base} {name}")));
+        write_peft(&peft, &adapter).unwrap();
+        write_gguf(&gguf, &adapter, Checkpoint::open(&model).unwrap().config()).unwrap();
+        let [a, b] = [peft, gguf].map(|adapter| {
+            let output = adapter.with_extension("merged");
+            merge(&model, &adapter, &output, &[], 0);
+            let files = files_below(&output).into_iter();
+            files.map(|file| fs::read(file).unwrap()).collect::<Vec<_>>()
+        });
+        assert!(a == b, "{base}");
     }
 }
 
-/// An adapter of some modules of a model with the factors of a random one.
-fn made(scratch: &Scratch, name: &str, modules: &[(&str, [usize; 2])]) -> PathBuf {
+/// An adapter with arbitrary factors of the modules of `base`'s first layer whose names end
+/// with one of `parts`.
+fn made(base: &Path, parts: &[&str], use_dora: bool) -> AdapterFile {
     let mut state = 1_u32;
-    let mut random = |n: usize| -> Vec<f32> {
+    let mut random = |n: usize, scale: f32| -> Vec<f32> {
         let next = |_| {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+            ((state >> 8) as f32 / (1 << 23) as f32 - 1.0) * scale
         };
         (0..n).map(next).collect()
     };
-    let mut module = |(name, [outputs, inputs]): &(&str, [usize; 2])| WrittenModule {
-        name: (*name).to_owned(),
-        inputs: *inputs,
-        outputs: *outputs,
-        rank: 4,
-        a: random(4 * inputs),
-        b: random(outputs * 4),
-        magnitude: None,
-    };
-    let modules: Vec<_> = modules.iter().map(&mut module).collect();
+    let config = Checkpoint::open(base).unwrap().config().clone();
+    let modules = farm::model::adapter::linear_modules(&config).into_iter().filter(|(name, _)| {
+        let in_layer = !name.contains("layers.1") && !name.contains("h.1");
+        in_layer && parts.iter().any(|part| name.ends_with(&format!(".{part}")) || name == part)
+    });
+    let modules: Vec<WrittenModule> = modules
+        .map(|(name, [outputs, inputs])| WrittenModule {
+            name,
+            inputs,
+            outputs,
+            rank: 4,
+            a: random(4 * inputs, 0.5),
+            b: random(outputs * 4, 0.5),
+            magnitude: use_dora.then(|| random(outputs, 2.0)),
+        })
+        .collect();
+    assert_eq!(modules.len(), parts.len(), "{parts:?}");
     let settings = WrittenSettings {
         r: 4,
-        lora_alpha: 1.0,
+        lora_alpha: 2.0,
         lora_dropout: 0.0,
         target_modules: modules.iter().map(|m| m.name.clone()).collect(),
-        use_rslora: false,
-        use_dora: false,
+        use_rslora: true,
+        use_dora,
         layers_to_transform: None,
         modules_to_save: Vec::new(),
-        base_model_name_or_path: "base".into(),
+        base_model_name_or_path: base.display().to_string(),
     };
-    let dir = scratch.path(name);
-    write_peft(&dir, &AdapterFile { settings, modules, saved: Vec::new() }).unwrap();
-    dir
-}
-
-fn adapter_of_quantized(scratch: &Scratch) -> PathBuf {
-    let base = Checkpoint::open(&golden("gguf/llama_quantized_q4_k.gguf")).unwrap();
-    let (hidden, inner) = (base.config().hidden_size, base.config().intermediate_size);
-    made(scratch, "for quantized", &[("model.layers.0.mlp.gate_proj", [inner, hidden])])
-}
-
-/// An expert is a tensor of its own in one form and part of a stack in the other.
-#[test]
-fn experts_are_found_in_either_form() {
-    let scratch = Scratch::new();
-    let config = Checkpoint::open(&golden("mixtral")).unwrap().config().clone();
-    let (hidden, inner) = (config.hidden_size, config.experts.unwrap().moe_intermediate_size);
-    let expert = |part: &str| format!("model.layers.0.block_sparse_moe.experts.1.{part}");
-    let [w1, w2] = ["w1", "w2"].map(expert);
-    let adapter = made(&scratch, "adapter", &[(&w1, [inner, hidden]), (&w2, [hidden, inner])]);
-    merged_answers_alike(&scratch, "hf", &golden("mixtral"), &adapter);
-    merged_answers_alike(&scratch, "gguf", &golden("gguf/mixtral.gguf"), &adapter);
+    AdapterFile { settings, modules, saved: Vec::new() }
 }
 
 /// One matrix for embedding and output projection becomes two where only one changes.
@@ -174,8 +200,8 @@ fn experts_are_found_in_either_form() {
 fn a_tied_matrix_is_cut_in_two_where_its_uses_differ() {
     let scratch = Scratch::new();
     let base = golden("llama_tied");
-    let config = Checkpoint::open(&base).unwrap().config().clone();
-    let head = made(&scratch, "head", &[("lm_head", [config.vocab_size, config.hidden_size])]);
+    let head = scratch.path("head");
+    write_peft(&head, &made(&base, &["lm_head"], false)).unwrap();
     let merged = merged_answers_alike(&scratch, "head of", &base, &head);
     let config: Value =
         serde_json::from_slice(&fs::read(merged.join("config.json")).unwrap()).unwrap();
@@ -244,7 +270,9 @@ fn a_quantized_model_keeps_the_types_that_farm_writes() {
         };
         model.tensors().iter().map(named).collect()
     };
-    let adapter = adapter_of_quantized(&scratch);
+    let adapter = scratch.path("adapter");
+    let base = golden("gguf/llama_quantized_q8_0.gguf");
+    write_peft(&adapter, &made(&base, &["gate_proj"], false)).unwrap();
     for (name, kept) in [("q8_0", true), ("q4_k", true), ("q5_0", false)] {
         let base = golden("gguf").join(format!("llama_quantized_{name}.gguf"));
         let output = scratch.path(&format!("{name}.gguf"));
@@ -279,6 +307,4 @@ fn what_cannot_be_merged_is_refused_and_leaves_nothing() {
     }
     assert_eq!(files_below(&scratch.path("")), [scratch.path("there")]);
     assert_eq!(fs::read(scratch.path("there")).unwrap(), b"mine");
-    let said = merge(&llama, &qv, &scratch.path("no/such/folder"), &[], 1);
-    assert!(said.contains("no/such"), "{said}");
 }

@@ -24,12 +24,12 @@ fn values_are_rounded_to_the_type_or_refused() {
 fn what_is_not_whole_goes() {
     let dir = tempfile::tempdir().unwrap();
     let output = dir.path().join("model");
-    let partial = Partial::beside(&output);
+    let partial = Partial::beside(&output).unwrap();
     std::fs::create_dir(&partial.path).unwrap();
     std::fs::write(partial.path.join("a"), "a").unwrap();
     drop(partial);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-    let partial = Partial::beside(&output);
+    let partial = Partial::beside(&output).unwrap();
     std::fs::write(&partial.path, "a").unwrap();
     partial.rename(&output).unwrap();
     assert_eq!(std::fs::read(&output).unwrap(), b"a");

@@ -249,6 +249,14 @@ fn is_interleaved(config: &ModelConfig) -> bool {
     matches!(&config.positions, Positions::Rotary { global, .. } if global.interleaved)
 }
 
+/// The linear layers of a model and its output projection, by their names in Hugging Face's
+/// form: `[rows, columns]` of each.
+pub fn linear_modules(config: &ModelConfig) -> BTreeMap<String, [usize; 2]> {
+    let all = modules::modules(config, &config.hf_names).into_iter();
+    let linear = all.filter(|(_, shape)| shape.role != modules::Role::Embedding);
+    linear.map(|(name, shape)| (name, [shape.rows, shape.cols])).collect()
+}
+
 /// What tells one set of adapters from another, in whatever order they are given: their
 /// names, and the bytes of their files.
 ///
