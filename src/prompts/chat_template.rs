@@ -26,11 +26,14 @@ const NAME: &str = "chat_template";
 
 /// A model's chat template.
 pub struct ChatTemplate {
+    /// As the model has it.
+    source: String,
     /// The compiled template, or why it does not compile: plain prompts of the same
     /// run do not need it.
     environment: Result<Environment<'static>, String>,
     /// Special tokens by name.
     variables: Map<String, Json>,
+    now_unix_seconds: u64,
 }
 
 impl ChatTemplate {
@@ -76,7 +79,12 @@ impl ChatTemplate {
     /// A template from its source, with the variables (special tokens) it may use.
     pub fn new(source: &str, variables: Map<String, Json>, now_unix_seconds: u64) -> Self {
         let environment = environment(source, now_unix_seconds).map_err(|error| describe(&error));
-        Self { environment, variables }
+        Self { source: source.to_owned(), environment, variables, now_unix_seconds }
+    }
+
+    /// The template that `change` makes of this one's source; `None` where it makes none.
+    pub fn changed(&self, change: impl Fn(&str) -> Option<String>) -> Option<Self> {
+        Some(Self::new(&change(&self.source)?, self.variables.clone(), self.now_unix_seconds))
     }
 
     /// The prompt's text for `messages`, ending where the assistant is to go on. It

@@ -15,7 +15,7 @@ use crate::files::replace_file;
 use crate::model::{Checkpoint, WeightDtype};
 use crate::stage::manifest::Manifest;
 use crate::train::adamw::AdamW;
-use crate::train::data::{BatchConfig, Batches, Dataset, Formatting};
+use crate::train::data::{BatchConfig, Batches, Dataset, Formatting, mark_generation};
 use crate::train::lora::LoraConfig;
 use crate::train::model::{check_split, targets};
 use crate::train::schedule::{Schedule, ScheduleKind};
@@ -303,10 +303,11 @@ pub fn data(args: &FinetuneArgs, plan: &Plan) -> Result<(Dataset, Dataset)> {
     let given = paths.tokenizer.as_deref();
     let tokenizer = load::tokenizer(contents, given)?;
     let template = load::chat_template(contents, given, plan.started_unix_seconds)?;
+    let marked = template.as_ref().and_then(|template| template.changed(mark_generation));
     let formatting = Formatting {
         tokenizer: &tokenizer,
         template: template.as_ref(),
-        marked: None,
+        marked: marked.as_ref(),
         max_seq_len: plan.max_seq_len,
         train_on_prompt: args.data.train_on_prompt,
         vocab_size: checkpoint.config().vocab_size,
