@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cli::FinetuneArgs;
 use crate::comm::{Communicator, HostTensorComm, Topology, agree, broadcast_vec};
-use crate::commands::deadline::{Deadline, job_seconds_left};
+use crate::commands::deadline::Deadline;
 use crate::commands::generate::{pin_kernels, sources, stage_model};
 use crate::commands::launch::Rank;
 use crate::commands::signals::StopSignal;
@@ -66,9 +66,11 @@ pub fn run(args: &FinetuneArgs, rank: &Rank) -> Result<i32> {
     let trials = sweep::trials(args)?;
     let groups = sweep::Groups::new(&rank.world, args.parallelism.tensor_parallel, trials.len())?;
     let topology = Topology::new(rank.world.clone(), args.parallelism.tensor_parallel)?;
+    let mut held = None;
     let plans = together(world, || {
-        let seconds_left = job_seconds_left(&rank.job);
-        plan::plan(args, &trials, seconds_left, start.elapsed().as_secs_f64())
+        let (plans, member) = plan::plan(args, &trials, rank, start)?;
+        held = Some(member);
+        Ok(plans)
     })?;
     let (train, validation) = data(world, args, &plans)?;
     if plans.iter().all(|plan| plan.is_complete) {
@@ -86,6 +88,9 @@ pub fn run(args: &FinetuneArgs, rank: &Rank) -> Result<i32> {
         Training::new(&shared, &trial.args, plan, topology)?.run()
     });
     staged.finish(&topology);
+    if let Some(member) = &mut held {
+        member.leave(if outcomes.is_ok() { "ended" } else { "failed" });
+    }
     let outcomes = agree(world, outcomes)?;
     let outcomes = agree(world, sweep::gathered(world, &groups, outcomes))?;
     if outcomes.iter().any(|(_, outcome)| *outcome == Outcome::Stopped) {

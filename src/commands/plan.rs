@@ -188,14 +188,7 @@ pub fn plan(job: &Job, rank: &Rank, start: Instant) -> Result<(RunPlan, RunOwner
     let now_seconds = start.elapsed().as_secs_f64();
     let deadline = Deadline::new(job.run.time_limit, job_seconds_left, now_seconds);
     let mut checked = check(job)?;
-    let launch = ledger::Launch {
-        farm_version: env!("CARGO_PKG_VERSION").to_owned(),
-        kernel_tier: kernels::tier().name().to_owned(),
-        slurm_job_id: rank.job.job_id.map(|id| id.to_string()),
-        ranks: rank.world.size(),
-        host: rank.world.host().to_owned(),
-        started_unix_seconds: now_unix_seconds(),
-    };
+    let launch = this_launch(rank);
     let run = open_run(job, &checked, launch.clone())?;
     checked.prompts.keep_in(run.path())?;
     let (session, resumed) = join(job, rank, &run, &launch)?;
@@ -213,6 +206,18 @@ pub fn plan(job: &Job, rank: &Rank, start: Instant) -> Result<(RunPlan, RunOwner
     };
     let session = Some(session);
     Ok((plan, RunOwner { run, prompts: checked.prompts, session, resumed }))
+}
+
+/// What this launch records of itself.
+pub fn this_launch(rank: &Rank) -> ledger::Launch {
+    ledger::Launch {
+        farm_version: env!("CARGO_PKG_VERSION").to_owned(),
+        kernel_tier: kernels::tier().name().to_owned(),
+        slurm_job_id: rank.job.job_id.map(|id| id.to_string()),
+        ranks: rank.world.size(),
+        host: rank.world.host().to_owned(),
+        started_unix_seconds: now_unix_seconds(),
+    }
 }
 
 fn open_run(job: &Job, checked: &Checked, launch: ledger::Launch) -> Result<RunDir> {
@@ -260,7 +265,7 @@ fn join(
 }
 
 /// The job as other launches know it.
-fn job_ref(rank: &Rank) -> Option<JobRef> {
+pub fn job_ref(rank: &Rank) -> Option<JobRef> {
     let job = &rank.job;
     Some(JobRef {
         cluster: job.cluster.clone(),

@@ -88,6 +88,13 @@ pub struct Matrix<'a, E> {
 const TASK_BYTES: usize = 256 << 10;
 /// Bytes of activations kept in the second-level cache while weights pass by.
 pub(super) const ACTIVATION_BYTES: usize = 384 << 10;
+/// Bytes of activations that tasks share in the last cache while weights pass by.
+const SHARED_BYTES: usize = 4 << 20;
+/// Rows of activations that a task has at least, if there are so many: weights are
+/// fetched, or dequantized, once for them.
+const LEAST_ROWS: usize = 96;
+/// Tasks for each thread, so that all finish together.
+const TASKS_PER_THREAD: usize = 4;
 /// Rows of a weight tile.
 pub(super) const TILE_ROWS: usize = 4;
 
@@ -120,12 +127,14 @@ pub(super) fn linear_in_tier<E: Element>(
     assert!(w.rows == 0 || w.data.len() >= (w.rows - 1) * w.stride + w.cols);
     let row_bytes = (w.cols * size_of::<E>()).max(1);
     let task_rows = (TASK_BYTES / row_bytes).next_multiple_of(TILE_ROWS).clamp(TILE_ROWS, 256);
+    let row_tasks = w.rows.div_ceil(task_rows);
+    let task_m = activation_rows(m, w.cols, row_tasks);
     let out = SharedMut::new(out);
-    parallel::for_each(w.rows.div_ceil(task_rows), 2 * m * w.rows * w.cols, |task| {
-        let first = task * task_rows;
+    parallel::for_each(row_tasks * m.div_ceil(task_m), 2 * m * w.rows * w.cols, |task| {
+        let (start, first) = (task / row_tasks * task_m, task % row_tasks * task_rows);
         let panel = Panel {
-            x: x.as_ptr(),
-            m,
+            x: x[start * w.cols..].as_ptr(),
+            m: task_m.min(m - start),
             // SAFETY: `first < rows`, and the data hold every row (asserted above).
             w: unsafe { w.data.as_ptr().add(first * w.stride) },
             rows: task_rows.min(w.rows - first),
@@ -133,13 +142,21 @@ pub(super) fn linear_in_tier<E: Element>(
             stride: w.stride,
             // SAFETY: as long as the rows (asserted above).
             bias: bias.map_or(std::ptr::null(), |b| unsafe { b.as_ptr().add(first) }),
-            // SAFETY: inside `out`; tasks write disjoint columns.
-            out: unsafe { out.get().add(first) },
+            // SAFETY: inside `out`; tasks write disjoint rows or columns.
+            out: unsafe { out.get().add(start * w.rows + first) },
             out_stride: w.rows,
         };
         // SAFETY: the pointers above.
         unsafe { run_panel(tier, &panel) };
     });
+}
+
+/// Rows of activations in a task, where weights are cut into `row_tasks`: few enough to
+/// stay in the last cache, and for all threads to have work.
+pub(super) fn activation_rows(m: usize, cols: usize, row_tasks: usize) -> usize {
+    let near = SHARED_BYTES / (cols * size_of::<f32>()).max(1);
+    let parts = (TASKS_PER_THREAD * rayon::current_num_threads()).div_ceil(row_tasks.max(1));
+    near.min(m.div_ceil(parts)).max(LEAST_ROWS)
 }
 
 /// Some rows of the weights against all activations.

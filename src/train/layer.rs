@@ -177,8 +177,7 @@ impl Layer {
     /// to be `recomputed`, the input.
     pub fn forward(&self, pass: &Pass, x: Vec<f32>, recomputed: bool) -> (Vec<f32>, LayerKept) {
         let (out, rest) = self.run(pass, &x, true);
-        let rest = rest.filter(|_| !recomputed);
-        (out, LayerKept { input: x, rest })
+        (out, LayerKept { input: x, rest: (!recomputed).then_some(rest) })
     }
 
     fn is_parallel(&self) -> bool {
@@ -186,43 +185,33 @@ impl Layer {
     }
 
     /// The output (only if it is `wanted`) and what is kept.
-    fn run(&self, pass: &Pass, x: &[f32], wanted: bool) -> (Vec<f32>, Option<LayerRest>) {
+    fn run(&self, pass: &Pass, x: &[f32], wanted: bool) -> (Vec<f32>, LayerRest) {
         let normed = self.input_norm.rows(x);
         let (attended, attention) = self.attention.forward(pass, &normed);
-        let (middle, attended, mlp_input) = match self.is_parallel() {
-            true => {
-                let input = self.mlp_norm.as_ref().map_or(normed, |norm| norm.rows(x));
-                (None, attended, input)
+        if self.is_parallel() {
+            let input = self.mlp_norm.as_ref().map_or(normed, |norm| norm.rows(x));
+            let (mut out, mlp) = self.mlp.forward(pass, &input, wanted);
+            if wanted {
+                kernel::add_assign(&mut out, &attended);
+                kernel::add_assign(&mut out, x);
             }
-            false => {
-                let mut middle = match &self.post_attention_norm {
-                    Some(norm) => norm.rows(&attended),
-                    None => attended.clone(),
-                };
-                kernel::add_assign(&mut middle, x);
-                let input = self.mlp_norm.as_ref().map_or(middle.clone(), |n| n.rows(&middle));
-                (Some(middle), attended, input)
-            }
-        };
+            let rest =
+                LayerRest { attention, attended: None, middle: None, mlp, transformed: None };
+            return (out, rest);
+        }
+        let (mut middle, attended) = post_normed(&self.post_attention_norm, attended);
+        kernel::add_assign(&mut middle, x);
+        drop(normed);
+        let normed = self.mlp_norm.as_ref().map(|norm| norm.rows(&middle));
+        let input = normed.as_deref().unwrap_or(&middle);
         // Without a norm after it, nothing is made of the MLP's output but the layer's.
         let wanted = wanted || self.post_mlp_norm.is_some();
-        let (transformed, mlp) = self.mlp.forward(pass, &mlp_input, wanted);
-        let mut out = match &self.post_mlp_norm {
-            Some(norm) => norm.rows(&transformed),
-            None => transformed.clone(),
-        };
+        let (transformed, mlp) = self.mlp.forward(pass, input, wanted);
+        let (mut out, transformed) = post_normed(&self.post_mlp_norm, transformed);
         if wanted {
-            match &middle {
-                Some(middle) => kernel::add_assign(&mut out, middle),
-                None => {
-                    kernel::add_assign(&mut out, &attended);
-                    kernel::add_assign(&mut out, x);
-                }
-            }
+            kernel::add_assign(&mut out, &middle);
         }
-        let attended = self.post_attention_norm.is_some().then_some(attended);
-        let transformed = self.post_mlp_norm.is_some().then_some(transformed);
-        (out, Some(LayerRest { attention, attended, middle, mlp, transformed }))
+        (out, LayerRest { attention, attended, middle: Some(middle), mlp, transformed })
     }
 
     /// The gradient of the input from that of the output, if it is `wanted`; those of the
@@ -235,7 +224,7 @@ impl Layer {
         wanted: bool,
     ) -> Vec<f32> {
         let LayerKept { input: x, rest } = kept;
-        let Some(rest) = rest.or_else(|| self.run(pass, &x, false).1) else { return dy };
+        let rest = rest.unwrap_or_else(|| self.run(pass, &x, false).1);
         match rest.middle.is_some() {
             true => self.sequential_backward(pass, &x, rest, dy, wanted),
             false => self.parallel_backward(pass, &x, rest, dy, wanted),
@@ -291,6 +280,14 @@ impl Layer {
         }
         kernel::add_assign(&mut dy, &self.input_norm.backward(x, &of_both));
         dy
+    }
+}
+
+/// `x` through the norm, if there is one, and then what went in.
+fn post_normed(norm: &Option<Norm>, x: Vec<f32>) -> (Vec<f32>, Option<Vec<f32>>) {
+    match norm {
+        Some(norm) => (norm.rows(&x), Some(x)),
+        None => (x, None),
     }
 }
 

@@ -438,3 +438,6 @@ fn matrix_of_rows(values: &[f32], rows: usize) -> Matrix<'_, f32> {
 fn transposed(values: &[f32], cols: usize) -> Vec<f32> {
     (0..cols).flat_map(|col| values[col..].iter().step_by(cols).copied()).collect()
 }
+
+#[cfg(test)]
+mod tests;

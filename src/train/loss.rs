@@ -171,3 +171,6 @@ impl Everyones {
         f64::from(sum).ln() + f64::from(max) - f64::from(target)
     }
 }
+
+#[cfg(test)]
+mod tests;

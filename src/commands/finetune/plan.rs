@@ -1,17 +1,21 @@
 //! What rank 0 checks and decides before anything is staged.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::sweep::Trial;
 use crate::cli::{FinetuneArgs, ScheduleName};
-use crate::commands::deadline::Deadline;
+use crate::commands::deadline::{Deadline, job_seconds_left};
 use crate::commands::generate::sources;
+use crate::commands::launch::Rank;
 use crate::commands::load;
-use crate::commands::plan::now_unix_seconds;
+use crate::commands::plan::{evidence, job_ref, now_unix_seconds, this_launch};
 use crate::files::replace_file;
+use crate::ledger::claims::ClaimsConfig;
+use crate::ledger::{Membership, membership};
 use crate::model::{Checkpoint, WeightDtype};
 use crate::stage::manifest::Manifest;
 use crate::train::adamw::AdamW;
@@ -89,16 +93,17 @@ impl RunFile {
     }
 }
 
-/// Checks the model, the flags and the directories of all trainings.
+/// Checks the model and the flags, takes hold of the adapter's directory, and begins the
+/// trainings there or finds them.
 ///
 /// # Errors
 /// Input and usage errors that name the file or the flag.
 pub fn plan(
     args: &FinetuneArgs,
     trials: &[Trial],
-    job_seconds_left: Option<f64>,
-    now_seconds: f64,
-) -> Result<Vec<Plan>> {
+    rank: &Rank,
+    start: Instant,
+) -> Result<(Vec<Plan>, Membership)> {
     let manifest = Manifest::read(&sources(&args.model))?;
     let checkpoint = Checkpoint::open(&manifest.in_place.model)?;
     let model = checkpoint.config();
@@ -113,9 +118,12 @@ pub fn plan(
         }
         given => given.unwrap_or(DEFAULT_MAX_SEQ_LEN.min(context)),
     };
-    let deadline = Deadline::new(args.output.time_limit, job_seconds_left, now_seconds);
+    trials.iter().try_for_each(|trial| targets(model, &lora_config(&trial.args)).map(drop))?;
+    let seconds_left = job_seconds_left(&rank.job);
+    let now_seconds = start.elapsed().as_secs_f64();
+    let deadline = Deadline::new(args.output.time_limit, seconds_left, now_seconds);
+    let held = hold(&args.output.adapter_out, rank)?;
     let plan = |trial: &Trial| {
-        targets(model, &lora_config(&trial.args))?;
         let identity = identity(&trial.args, &manifest.key, max_seq_len);
         let dir = std::path::absolute(&trial.args.output.adapter_out).map_err(Error::input)?;
         let run = open(&dir, &identity, args.output.force_new)?;
@@ -128,7 +136,41 @@ pub fn plan(
             identity,
         })
     };
-    trials.iter().map(plan).collect()
+    Ok((trials.iter().map(plan).collect::<Result<_>>()?, held))
+}
+
+/// A place on the adapter's directory that no other job has: two that write the same
+/// checkpoints would spoil them. One that has been killed gives no sign any more; this waits
+/// until that is certain.
+fn hold(dir: &Path, rank: &Rank) -> Result<Membership> {
+    let refused = |e| Error::input(format!("--adapter-out {}: {e}", dir.display()));
+    std::fs::create_dir_all(dir).map_err(refused)?;
+    let config = ClaimsConfig::default();
+    let most_seconds = config.heartbeat_timeout_seconds + 30.0;
+    let (member, mut claims) =
+        Membership::join(dir, job_ref(rank), &this_launch(rank), evidence(), config)?;
+    let start = Instant::now();
+    let mut has_said = false;
+    loop {
+        let now_seconds = start.elapsed().as_secs_f64();
+        let others = claims.live_others(now_seconds)?;
+        let Some(other) = others.iter().find(|other| other.launch < member.launch()) else {
+            return Ok(member);
+        };
+        let who = membership::who(&other.owner);
+        if now_seconds > most_seconds {
+            return Err(Error::input(format!(
+                "--adapter-out {}: {who} is training there: wait for it, cancel it, or give \
+                 another directory",
+                dir.display()
+            )));
+        }
+        if !has_said {
+            tracing::info!("waiting for {who}, which trained in {} or still does", dir.display());
+            has_said = true;
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    }
 }
 
 /// Begins the run in `dir`, or finds that it is the same.

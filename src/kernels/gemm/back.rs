@@ -16,7 +16,7 @@ use std::cell::RefCell;
 use super::super::parallel::{self, SharedMut};
 use super::super::simd::{LANES, Simd};
 use super::super::{Tier, tier};
-use super::{Element, Matrix, padded};
+use super::{Element, Matrix, TASKS_PER_THREAD, padded};
 
 /// Products of a sum that a block holds: a panel of `b` then fits the first-level cache.
 const DEPTH: usize = 128;
@@ -27,10 +27,19 @@ const A_STRIDE: usize = DEPTH + LANES;
 const TASK_ROWS: usize = 256;
 /// Columns of `b` in a task.
 const TASK_COLS: usize = 768;
-/// Tasks for each thread, so that all finish together.
-const TASKS_PER_THREAD: usize = 4;
+/// Values of scratch that packing gets beside the columns of a task: blocks of quantized
+/// values stand out on both sides.
+pub(in crate::kernels) const SCRATCH: usize = 512;
+
+/// Columns from which on turning a gradient over would cost more than it saves.
+const NARROW: usize = 128;
+/// Rows that prefetching looks ahead in packing.
+pub(in crate::kernels) const AHEAD: usize = 2;
+/// Bytes of a line of the caches.
+pub(in crate::kernels) const LINE_BYTES: usize = 64;
 
 thread_local! {
+    /// Packed blocks of a task; never given back, as long as the thread.
     static BUFFER: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -84,13 +93,13 @@ fn gradient_in_tier(tier: Tier, a: &[f32], b: &[f32], m: usize, accumulate: bool
     let (a_cols, b_cols) = (a.len() / m, b.len() / m);
     assert_eq!((a.len(), b.len()), (m * a_cols, m * b_cols));
     assert_eq!(out.len(), a_cols * b_cols);
-    if a_cols <= b_cols {
+    if a_cols <= b_cols || b_cols >= NARROW {
         let b = Matrix { data: b, rows: m, cols: b_cols, stride: b_cols };
         // SAFETY: the matrix is `b`, whole.
         unsafe { product(tier, Left::columns_of(a, m, a_cols), &b, b_cols, accumulate, out) };
         return;
     }
-    // Vectors run along the wider of the two; factors commute, so the bits are the same.
+    // Vectors better run along the wide one; factors commute, so the bits are the same.
     let mut turned = vec![0.0; out.len()];
     if accumulate {
         transpose(out, a_cols, b_cols, &mut turned);
@@ -103,8 +112,8 @@ fn gradient_in_tier(tier: Tier, a: &[f32], b: &[f32], m: usize, accumulate: bool
 
 /// `to[cols, rows]` from `from[rows, cols]`.
 fn transpose(from: &[f32], rows: usize, cols: usize, to: &mut [f32]) {
-    /// Squares whose lines all stay in the first-level cache.
-    const SIDE: usize = 32;
+    /// Squares whose lines stay in the first-level cache even where they fall into one set.
+    const SIDE: usize = 8;
     for i in (0..rows).step_by(SIDE) {
         for j in (0..cols).step_by(SIDE) {
             for i in i..(i + SIDE).min(rows) {
@@ -141,10 +150,22 @@ impl<'a> Left<'a> {
 
     /// Packs rows `first..first + rows`, of each `depth` values from `k`, and makes up
     /// whole tiles of `tile` rows with zeros.
-    fn pack(&self, first: usize, rows: usize, k: usize, depth: usize, tile: usize, to: &mut [f32]) {
+    fn pack<S: Simd>(
+        &self,
+        first: usize,
+        rows: usize,
+        k: usize,
+        depth: usize,
+        tile: usize,
+        to: &mut [f32],
+    ) {
         let data = &self.data[first * self.row_step + k * self.depth_step..];
         if self.depth_step == 1 {
             for i in 0..rows {
+                let next = data.as_ptr().wrapping_add((i + 2 * AHEAD) * self.row_step);
+                for at in (0..depth).step_by(LANES) {
+                    S::prefetch(next.wrapping_add(at));
+                }
                 to[i * A_STRIDE..][..depth].copy_from_slice(&data[i * self.row_step..][..depth]);
             }
         } else {
@@ -164,8 +185,8 @@ pub(in crate::kernels) trait Right: Sync {
     /// Packs `cols` values from column `first` of row `row` into the panels of a block.
     ///
     /// # Safety
-    /// The values are there, and `panels` are of a block that holds them; the CPU
-    /// features of `S`, which `tier` names too.
+    /// The values are there, `panels` are of a block that holds them, and `scratch` has
+    /// room for [`SCRATCH`] values more; the CPU features of `S`, which `tier` names too.
     unsafe fn pack<S: Simd>(
         &self,
         tier: Tier,
@@ -173,6 +194,7 @@ pub(in crate::kernels) trait Right: Sync {
         first: usize,
         cols: usize,
         panels: Panels,
+        scratch: *mut f32,
     );
 }
 
@@ -185,7 +207,13 @@ impl<E: Element> Right for Matrix<'_, E> {
         first: usize,
         cols: usize,
         panels: Panels,
+        _scratch: *mut f32,
     ) {
+        // What follows in a row, the CPU sees coming; the next rows it does not.
+        let next = self.data.as_ptr().wrapping_add((row + AHEAD) * self.stride + first);
+        for at in (0..cols).step_by(LINE_BYTES / size_of::<E>()) {
+            S::prefetch(next.wrapping_add(at));
+        }
         // SAFETY: the caller's.
         unsafe { panels.pack::<S, E>(self.data.as_ptr().add(row * self.stride + first), cols) }
     }
@@ -311,57 +339,64 @@ impl<R: Right> Block<'_, R> {
     unsafe fn run(&self, tier: Tier) {
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-        unsafe fn avx512<R: Right>(block: &Block<'_, R>) {
+        unsafe fn avx512<R: Right>(block: &Block<'_, R>, buffer: &mut Vec<f32>) {
             // SAFETY: the features are on; the rest is the caller's.
-            unsafe { block.in_tiles::<crate::kernels::simd::Avx512, 8, 3>(Tier::Avx512) }
+            unsafe { block.in_tiles::<crate::kernels::simd::Avx512, 8, 3>(Tier::Avx512, buffer) }
         }
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx2,fma,f16c")]
-        unsafe fn avx2<R: Right>(block: &Block<'_, R>) {
+        unsafe fn avx2<R: Right>(block: &Block<'_, R>, buffer: &mut Vec<f32>) {
             // SAFETY: as above.
-            unsafe { block.in_tiles::<crate::kernels::simd::Avx2, 6, 1>(Tier::Avx2) }
+            unsafe { block.in_tiles::<crate::kernels::simd::Avx2, 6, 1>(Tier::Avx2, buffer) }
         }
-        match tier {
+        // (A closure inside of these would not be compiled with the tier's instructions.)
+        BUFFER.with_borrow_mut(|buffer| match tier {
             // SAFETY: `Tier::detect` has seen these instructions.
             #[cfg(target_arch = "x86_64")]
-            Tier::Avx512 => unsafe { avx512(self) },
+            Tier::Avx512 => unsafe { avx512(self, buffer) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Tier::Avx2 => unsafe { avx2(self) },
+            Tier::Avx2 => unsafe { avx2(self, buffer) },
             // SAFETY: no features needed.
-            _ => unsafe { self.in_tiles::<crate::kernels::simd::Scalar, 2, 1>(Tier::Scalar) },
-        }
+            _ => unsafe { self.in_tiles::<crate::kernels::simd::Scalar, 2, 1>(tier, buffer) },
+        });
     }
 
     /// Tiles of `M` rows by `N` vectors, what the tier's registers hold.
     #[inline(always)]
-    unsafe fn in_tiles<S: Simd, const M: usize, const N: usize>(&self, tier: Tier) {
+    unsafe fn in_tiles<S: Simd, const M: usize, const N: usize>(
+        &self,
+        tier: Tier,
+        buffer: &mut Vec<f32>,
+    ) {
         let vectors = self.cols.div_ceil(LANES);
         let a_len = self.rows.next_multiple_of(M) * A_STRIDE;
-        let len = a_len + vectors * LANES * DEPTH + LANES;
-        BUFFER.with_borrow_mut(|buffer| {
-            if buffer.len() < len {
-                buffer.resize(len, 0.0);
-            }
-            // Vectors that begin at lines of the cache load twice as fast.
-            let start = buffer.as_ptr().align_offset(64).min(LANES);
-            let (a, b) = buffer[start..].split_at_mut(a_len);
-            for k in (0..self.left.depth).step_by(DEPTH) {
-                let depth = DEPTH.min(self.left.depth - k);
-                self.left.pack(self.row, self.rows, k, depth, M, a);
-                let block = b.as_mut_ptr();
-                // SAFETY: the right factor has these rows and columns; the buffer holds
-                // the block, and `out` the results.
-                unsafe {
-                    for row in 0..depth {
-                        let panels = Panels { block, depth, vectors, width: N, row };
-                        self.right.pack::<S>(tier, k + row, self.col, self.cols, panels);
-                    }
-                    let add = self.accumulate || k > 0;
-                    self.multiply_packed::<S, M, N>(a.as_ptr(), b.as_ptr(), depth, add);
+        let b_len = vectors * LANES * DEPTH;
+        let len = LANES + a_len + b_len + self.cols + SCRATCH;
+        if buffer.len() < len {
+            buffer.resize(len, 0.0);
+        }
+        // Vectors that begin at lines of the cache load twice as fast.
+        let start = buffer.as_ptr().align_offset(64).min(LANES);
+        let (a, rest) = buffer[start..].split_at_mut(a_len);
+        let (b, scratch) = rest.split_at_mut(b_len);
+        let mut k = 0;
+        while k < self.left.depth {
+            let depth = DEPTH.min(self.left.depth - k);
+            self.left.pack::<S>(self.row, self.rows, k, depth, M, a);
+            // SAFETY: the right factor has these rows and columns; the buffer holds the
+            // block, and `out` the results.
+            unsafe {
+                for row in 0..depth {
+                    let panels = Panels { block: b.as_mut_ptr(), depth, vectors, width: N, row };
+                    let (row, scratch) = (k + row, scratch.as_mut_ptr());
+                    self.right.pack::<S>(tier, row, self.col, self.cols, panels, scratch);
                 }
+                let add = self.accumulate || k > 0;
+                self.multiply_packed::<S, M, N>(a.as_ptr(), b.as_ptr(), depth, add);
             }
-        });
+            k += depth;
+        }
     }
 
     /// A packed block of `a` times one of `b`, a panel at a time.
@@ -438,6 +473,12 @@ impl Tile {
     unsafe fn run<S: Simd, const M: usize, const N: usize>(self) {
         // SAFETY: the caller's.
         unsafe {
+            // The next tile's results, while this one multiplies.
+            for m in M..2 * M {
+                for n in 0..N {
+                    S::prefetch(self.out.wrapping_add(m * self.stride + n * LANES));
+                }
+            }
             let mut sums = [[S::splat(0.0); N]; M];
             if self.add {
                 for m in 0..M {
@@ -520,7 +561,9 @@ mod tests {
 
     #[test]
     fn gradient_is_the_product_with_the_transpose() {
-        for (a_cols, m, b_cols) in SHAPES.into_iter().chain([(100, 70, 5), (1600, 9, 5)]) {
+        for (a_cols, m, b_cols) in
+            SHAPES.into_iter().chain([(100, 70, 5), (1600, 9, 5), (300, 9, 130)])
+        {
             let (a, b) = (random(m * a_cols, 4), random(m * b_cols, 5));
             let old = random(a_cols * b_cols, 6);
             let mut turned = vec![0.0; a.len()];

@@ -1,12 +1,12 @@
 //! The product of a backward pass with quantized weights: rows are dequantized as
 //! they are packed into a task's cache, never the whole matrix.
 
-use super::super::gemm::back::{Left, Panels, Right, product};
+use super::super::gemm::back::{AHEAD, LINE_BYTES, Left, Panels, Right, SCRATCH, product};
 use super::super::simd::Simd;
 use super::super::{Tier, tier};
 use super::QuantMatrix;
-use super::format::with_format;
-use super::linear::{BUFFER, dequantize};
+use super::format::{MAX_LEN, with_format};
+use super::linear::dequantize;
 
 /// `out[m, cols] (+)= y[m, rows] · w[rows, cols]`, on the rank's threads; the bits of
 /// [`gemm::multiply`](crate::kernels::gemm::multiply) over the dequantized rows.
@@ -39,24 +39,21 @@ impl Right for QuantMatrix<'_> {
         first: usize,
         cols: usize,
         panels: Panels,
+        scratch: *mut f32,
     ) {
+        const { assert!(2 * MAX_LEN <= SCRATCH) };
         let (start, len) = (self.skip + first, self.quant.block_len());
         let blocks = start / len..(start + cols).div_ceil(len);
-        BUFFER.with_borrow_mut(|buffer| {
-            if buffer.len() < blocks.len() * len {
-                buffer.resize(blocks.len() * len, 0.0);
+        // SAFETY: the row has these columns, so these blocks too; the scratch holds them.
+        unsafe {
+            let from = row * self.stride + blocks.start * self.quant.block_bytes();
+            let from = self.data.as_ptr().add(from);
+            let next = from.wrapping_add(AHEAD * self.stride);
+            for at in (0..blocks.len() * self.quant.block_bytes()).step_by(LINE_BYTES) {
+                S::prefetch(next.wrapping_add(at));
             }
-            // SAFETY: the row has these columns, so these blocks too; the buffer holds them.
-            unsafe {
-                let from = row * self.stride + blocks.start * self.quant.block_bytes();
-                with_format!(self.quant, F => dequantize::<F>(
-                    tier,
-                    self.data.as_ptr().add(from),
-                    blocks.len(),
-                    buffer.as_mut_ptr(),
-                ));
-                panels.pack::<S, f32>(buffer.as_ptr().add(start - blocks.start * len), cols);
-            }
-        });
+            with_format!(self.quant, F => dequantize::<F>(tier, from, blocks.len(), scratch));
+            panels.pack::<S, f32>(scratch.add(start - blocks.start * len), cols);
+        }
     }
 }

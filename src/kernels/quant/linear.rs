@@ -31,7 +31,7 @@ const AHEAD: usize = 4;
 const TILE_AVX512: usize = 4;
 
 thread_local! {
-    pub(super) static BUFFER: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static BUFFER: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// `out[m, rows] = x[m, cols] · wᵀ + bias`, on the rank's threads; the bits of
@@ -65,13 +65,15 @@ pub(super) fn linear_in_tier(
     let task_bytes = if fused { TASK_BYTES } else { BUFFER_BYTES };
     let task_rows =
         (task_bytes / row_bytes.max(1)).next_multiple_of(TILE_ROWS).clamp(TILE_ROWS, 256);
+    let row_tasks = w.rows.div_ceil(task_rows);
+    let task_m = gemm::activation_rows(m, w.cols, row_tasks);
     let out = SharedMut::new(out);
-    parallel::for_each(w.rows.div_ceil(task_rows), 2 * m * w.rows * w.cols, |task| {
-        let first = task * task_rows;
+    parallel::for_each(row_tasks * m.div_ceil(task_m), 2 * m * w.rows * w.cols, |task| {
+        let (start, first) = (task / row_tasks * task_m, task % row_tasks * task_rows);
         let panel = Quantized {
             panel: Panel {
-                x: x.as_ptr(),
-                m,
+                x: x[start * w.cols..].as_ptr(),
+                m: task_m.min(m - start),
                 // SAFETY: `first < rows`, and the data hold every row (checked above).
                 w: unsafe { w.data.as_ptr().add(first * w.stride) },
                 rows: task_rows.min(w.rows - first),
@@ -79,8 +81,8 @@ pub(super) fn linear_in_tier(
                 stride: w.stride,
                 // SAFETY: as long as the rows (asserted above).
                 bias: bias.map_or(std::ptr::null(), |b| unsafe { b.as_ptr().add(first) }),
-                // SAFETY: inside `out`; tasks write disjoint columns.
-                out: unsafe { out.get().add(first) },
+                // SAFETY: inside `out`; tasks write disjoint rows or columns.
+                out: unsafe { out.get().add(start * w.rows + first) },
                 out_stride: w.rows,
             },
             skip: w.skip,
