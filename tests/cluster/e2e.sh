@@ -290,7 +290,7 @@ test_template_finetune() {
     # shellcheck disable=SC2046
     {
         template farm-finetune "" $(finetuning tuned-template 6)
-        FARM_TENSOR_PARALLEL=2 template farm-finetune-13b "" $(finetuning tuned-13b 6)
+        template farm-finetune-13b "" $(finetuning tuned-13b 6)
     }
     same_losses tuned-template tuned-13b
     with_module modulefiles sbatch --test-only -N4 "$APPS/share/farm/slurm/farm-finetune-70b.sbatch" --help
