@@ -20,7 +20,7 @@ RELEASE := $(or $(CARGO_TARGET_DIR),target)/release/farm
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' Makefile
 
 build: ## the release binary, target/release/farm
 	@.ci/deps.sh build

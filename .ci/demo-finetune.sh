@@ -30,10 +30,8 @@ answer() {
         --run-dir "$out/$name" --quiet "$@"
 }
 
-# exact FILE: how many answers are the held-out completion, to the letter. Plain awk: Python or jq may be absent.
-exact() { compared "$1" | grep -c '^=' || true; }
-
-# One line an item: "=" or "x" for right or wrong, prompt, answer, apart by tabs.
+# One line an item: "=" or "x" for right to the letter or wrong, prompt, answer, apart by tabs. Plain awk: Python or jq may
+# be absent.
 compared() {
     awk '
         function field(name,    value) {
@@ -54,13 +52,14 @@ on_ranks "$farm" finetune --model models/tiny --train prompts/finetune/train.jso
     --eval-steps 50
 answer after --temperature 0 --adapter "$out/adapter"
 echo
-"$farm" report "$out/adapter" || true
+"$farm" report "$out/adapter"
 for when in before after; do
     printf '\n%s:\n' "$when"
-    compared "$out/$when.jsonl" | head -n "$shown" | while IFS=$'\t' read -r mark prompt text; do
+    compared "$out/$when.jsonl" > "$out/$when.tsv"
+    head -n "$shown" "$out/$when.tsv" | while IFS=$'\t' read -r mark prompt text; do
         printf '  %s %s%s\n' "$mark" "$prompt" "$text"
     done
 done
-before=$(exact "$out/before.jsonl") after=$(exact "$out/after.jsonl") all=$(wc -l < $held_out)
+before=$(grep -c '^=' "$out/before.tsv" || true) after=$(grep -c '^=' "$out/after.tsv" || true) all=$(wc -l < $held_out)
 printf '\n%s of %s held-out items answered to the letter before, %s after\n' "$before" "$all" "$after"
 [ $((after * 100)) -gt $((all * 95)) ]
