@@ -38,6 +38,15 @@ impl WeightDtype {
             WeightDtype::Quant(quant) => quant.name(),
         }
     }
+
+    /// Bytes of a value; ggml's blocks share out what belongs to all of a block.
+    pub fn bytes_a_value(self) -> f64 {
+        match self {
+            WeightDtype::F32 => 4.0,
+            WeightDtype::Bf16 | WeightDtype::F16 => 2.0,
+            WeightDtype::Quant(quant) => quant.block_bytes() as f64 / quant.block_len() as f64,
+        }
+    }
 }
 
 /// A type of which every bit pattern is a value.
