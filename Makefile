@@ -16,11 +16,11 @@ CARGO ?= cargo
 FEATURE_FLAGS := $(if $(FEATURES),--features $(FEATURES))
 RELEASE := $(or $(CARGO_TARGET_DIR),target)/release/farm
 
-.PHONY: help build demo test kills bench install fmt lint doc clean
+.PHONY: help build demo demo-finetune test kills bench install fmt lint doc clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 build: ## the release binary, target/release/farm
 	@.ci/deps.sh build
@@ -28,6 +28,9 @@ build: ## the release binary, target/release/farm
 
 demo: build ## install what is missing, build, answer a few prompts on two ranks with the small model
 	@.ci/demo.sh $(RELEASE)
+
+demo-finetune: build ## the small model learns a new task on two ranks, in minutes: answers before and after
+	@.ci/demo-finetune.sh $(RELEASE)
 
 test: ## every test: unit, MPI by mpirun, and end to end on a Slurm cluster of this machine's own
 	@.ci/deps.sh build test

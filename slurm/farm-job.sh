@@ -16,6 +16,10 @@
 farm_goes_on="the same sbatch command goes on from what is saved"
 farm_more_memory="ask for more memory (--mem), start fewer ranks a node (--ntasks-per-node), or lower \
 --max-batch-size or --kv-cache-memory"
+farm_more_memory_to_train="ask for more memory (--mem), give --recompute full, lower --micro-batch-size or --max-seq-len, \
+or raise --tensor-parallel"
+# How long before the end the template has Slurm warn, seconds: its --signal.
+farm_warned_seconds=120
 
 farm_say() { echo "farm-job: $*" >&2; }
 
@@ -111,7 +115,7 @@ farm_warned_too_early() {
     local end left
     end=${SLURM_JOB_END_TIME:-$(date +%s -d "$(timeout 10 squeue -h -j "$(farm_job_id)" -o %e)" 2> /dev/null)}
     left=$((${end:-0} - $(date +%s)))
-    [ "$left" -gt "$SECONDS" ] && [ "$left" -le 180 ]
+    [ "$left" -gt "$SECONDS" ] && [ "$left" -le $((farm_warned_seconds + 60)) ]
 }
 
 # TERM comes from scancel, from preemption or at the time limit. Who cancels a job does not want it back, and
@@ -200,7 +204,13 @@ farm_keep_own_work() {
 farm_collect_arguments() {
     local argument
     read -ra farm_arguments <<< "${FARM_ARGS:-}"
+    # A subcommand comes first.
+    case ${1:-} in
+        '' | -*) ;;
+        *) farm_arguments=("$1" "${farm_arguments[@]}"); shift ;;
+    esac
     farm_arguments+=("$@")
+    [ "${farm_arguments[0]:-}" != finetune ] || farm_more_memory=$farm_more_memory_to_train
     farm_keep_own_work
     [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || return 0
     [ -z "${FARM_PROMPTS_PATTERN:-}" ] || farm_arguments+=(--prompts-file "$FARM_PROMPTS_PATTERN")

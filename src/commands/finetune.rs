@@ -73,6 +73,7 @@ pub fn run(args: &FinetuneArgs, rank: &Rank) -> Result<i32> {
         held = Some(member);
         Ok(plans)
     })?;
+    let (train, validation) = data(world, args, &plans)?;
     if plans.iter().all(|plan| plan.is_complete) {
         if world.rank() == 0 {
             tracing::info!("{} is complete: nothing is left to do", plans[0].dir.display());
@@ -81,7 +82,6 @@ pub fn run(args: &FinetuneArgs, rank: &Rank) -> Result<i32> {
     }
     let staged = stage_model(&args.staging, sources(&args.model), &topology)?;
     let checkpoint = agree(world, Checkpoint::open(&staged.model_path))?;
-    let (train, validation) = data(world, args, &plans[0])?;
     let deadline = plans[0].deadline;
     let shared = Shared { rank, stop, deadline, start, train, validation, checkpoint };
     let outcomes = sweep::run(&groups, &trials, &plans, |trial, plan, comm| {
@@ -117,12 +117,18 @@ where
 }
 
 /// The data on all ranks: rank 0 reads them. Collective.
-fn data(world: &dyn Communicator, args: &FinetuneArgs, plan: &Plan) -> Result<(Dataset, Dataset)> {
-    let read = match world.rank() {
-        0 => plan::data(args, plan).map(|(train, validation)| [train, validation]),
-        _ => Ok([Dataset::default(), Dataset::default()]),
+fn data(
+    world: &dyn Communicator,
+    args: &FinetuneArgs,
+    plans: &[Plan],
+) -> Result<(Dataset, Dataset)> {
+    let read = || {
+        let (train, validation) = plan::data(args, &plans[0])?;
+        plan::check_data(plans, &(train.identity() + &validation.identity()))?;
+        Ok([train, validation])
     };
-    let [train, validation] = agree(world, read)?;
+    let nothing = || Ok([Dataset::default(), Dataset::default()]);
+    let [train, validation] = agree(world, if world.rank() == 0 { read() } else { nothing() })?;
     let on_all = |data: Dataset| {
         let bytes = if world.rank() == 0 { data.to_bytes() } else { Vec::new() };
         let bytes = broadcast_vec(world, 0, bytes);

@@ -251,6 +251,73 @@ test_cancelled_job_does_not_come_back() {
     if grep -q "restart 1 of" "$SCRATCH/cancel.log"; then fail "a cancelled job queued itself again"; fi
 }
 
+# ---------------------------------------------------------------- fine-tuning
+
+# finetuning NAME STEPS ARG…: flags of a training with dropout, into $SCRATCH/NAME
+finetuning() {
+    local name=$1 steps=$2; shift 2
+    echo "--model $MODEL --train $REPOSITORY/prompts/finetune/train.jsonl --adapter-out $SCRATCH/$name" \
+        "--max-steps $steps --batch-size 8 --micro-batch-size 2 --lora-dropout 0.1 --save-steps 5 --seed 3 $*"
+}
+
+# same_losses NAME NAME: step by step, to 1e-5
+same_losses() {
+    local name
+    for name in "$1" "$2"; do
+        grep '"kind":"train"' "$SCRATCH/$name/metrics.jsonl" |
+            sed -E 's/.*"step":([0-9]+),.*"loss":([^,]+),.*/\1 \2/' > "$SCRATCH/$name.losses"
+        [ -s "$SCRATCH/$name.losses" ] || fail "$name has no losses"
+    done
+    paste -d ' ' "$SCRATCH/$1.losses" "$SCRATCH/$2.losses" > "$SCRATCH/losses"
+    awk 'NF != 4 || $1 != $3 || $2 - $4 > 1e-5 * $2 || $4 - $2 > 1e-5 * $2 { exit 1 }' "$SCRATCH/losses" ||
+        fail "losses differ: $(xargs < "$SCRATCH/losses")"
+}
+
+same_adapter() { same "$SCRATCH/$1/adapter_model.safetensors" "$SCRATCH/$2/adapter_model.safetensors"; }
+
+test_finetune_is_the_same_for_every_launch() {
+    # shellcheck disable=SC2046 # lists of arguments
+    {
+        login "$FARM" finetune $(finetuning tuned-alone 6)
+        login srun --mpi=pmix -N4 "$FARM" finetune $(finetuning tuned-srun4 6)
+        login srun --mpi=pmix -N4 "$FARM" finetune $(finetuning tuned-2x2 6 --tensor-parallel 2)
+    }
+    same_losses tuned-alone tuned-srun4
+    same_losses tuned-alone tuned-2x2
+}
+
+test_template_finetune() {
+    # shellcheck disable=SC2046
+    {
+        template farm-finetune "" $(finetuning tuned-template 6)
+        template farm-finetune-13b "" $(finetuning tuned-13b 6)
+    }
+    same_losses tuned-template tuned-13b
+    with_module modulefiles sbatch --test-only -N4 "$APPS/share/farm/slurm/farm-finetune-70b.sbatch" --help
+}
+
+is_at_checkpoint() { compgen -G "$SCRATCH/$1/checkpoints/checkpoint-*" > /dev/null; }
+
+# Warned as Slurm does two minutes before the time limit, the job comes back and ends with the adapter of one that
+# nothing disturbed.
+test_warned_finetune_requeues_itself_and_finishes() {
+    local job
+    # shellcheck disable=SC2046
+    {
+        template farm-finetune-nodes -N2 $(finetuning tuned-undisturbed 60)
+        job=$(with_module modulefiles sbatch --parsable -N2 --output="$SCRATCH/tuned-warned.log" \
+            "$APPS/share/farm/slurm/farm-finetune-nodes.sbatch" $(finetuning tuned-warned 60))
+    }
+    eventually 60 is_at_checkpoint tuned-warned || { cat "$SCRATCH/tuned-warned.log"; fail "no checkpoint"; }
+    login scancel --batch --signal=USR1 "$job"
+    cluster hurry "$job" || fail "not requeued: $(tail -n 3 "$SCRATCH/tuned-warned.log" | xargs)"
+    eventually 120 job_is "$job" COMPLETED || { cat "$SCRATCH/tuned-warned.log"; fail "it is $(job_state "$job")"; }
+    expect starts 2 "$(grep -c 'farm-job: job' "$SCRATCH/tuned-warned.log")"
+    expect_match "the restart" "going on after step" "$SCRATCH/tuned-warned.log"
+    same_adapter tuned-undisturbed tuned-warned
+    same_losses tuned-undisturbed tuned-warned
+}
+
 # ---------------------------------------------------------------- the ledger: runs that are killed, runs of several jobs
 
 LONG_RECORDS=400
@@ -349,5 +416,6 @@ run_tests greedy_is_the_same_for_every_launch sampling_is_the_same_for_every_lau
     silent_singletons_are_refused bad_lines_become_error_records missing_model_ends_every_rank_at_once \
     module_files template_cpu template_notices_a_step_that_did_not_start template_by_mpirun template_gpu_is_accepted template_tensor_parallel template_array \
     warned_job_requeues_itself_and_finishes cancelled_job_does_not_come_back \
+    finetune_is_the_same_for_every_launch template_finetune warned_finetune_requeues_itself_and_finishes \
     a_run_that_is_killed_again_and_again time_limit_and_requeues array_on_one_run submit_to_all_partitions
 finish

@@ -5,6 +5,7 @@
 mod common;
 
 mod adapters;
+mod finetune;
 mod formats;
 mod guided;
 mod identical;

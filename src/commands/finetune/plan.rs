@@ -58,6 +58,9 @@ pub struct RunFile {
     pub is_complete: bool,
     /// What decides the adapter: a run goes on only where all of it is the same.
     pub identity: Value,
+    /// Identity of the data, once they were read.
+    #[serde(default)]
+    pub data: Option<String>,
 }
 
 impl RunFile {
@@ -190,6 +193,7 @@ fn open(dir: &Path, identity: &Value, force_new: bool) -> Result<RunFile> {
             started_unix_seconds: now_unix_seconds(),
             is_complete: false,
             identity: identity.clone(),
+            data: None,
         };
         run.write(dir)?;
         return Ok(run);
@@ -202,7 +206,7 @@ fn open(dir: &Path, identity: &Value, force_new: bool) -> Result<RunFile> {
 ///
 /// # Errors
 /// An input error with each field that differs.
-pub fn check_same(dir: &Path, recorded: &Value, now: &Value) -> Result<()> {
+fn check_same(dir: &Path, recorded: &Value, now: &Value) -> Result<()> {
     let empty = serde_json::Map::new();
     let (recorded, now) =
         (recorded.as_object().unwrap_or(&empty), now.as_object().unwrap_or(&empty));
@@ -219,6 +223,22 @@ pub fn check_same(dir: &Path, recorded: &Value, now: &Value) -> Result<()> {
          --force-new to set it aside",
         dir.display()
     )))
+}
+
+/// Refuses other data than those that the trainings began with, complete ones too.
+///
+/// # Errors
+/// An input error that names the directory.
+pub fn check_data(plans: &[Plan], data: &str) -> Result<()> {
+    for Plan { dir, .. } in plans {
+        let run = RunFile::read(dir)?
+            .ok_or_else(|| Error::fault(format!("{}: {RUN_FILE} is gone", dir.display())))?;
+        match &run.data {
+            Some(theirs) => check_same(dir, &json!({ "data": theirs }), &json!({ "data": data }))?,
+            None => RunFile { data: Some(data.to_owned()), ..run }.write(dir)?,
+        }
+    }
+    Ok(())
 }
 
 /// What a training leaves in its directory.

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use super::plan::{batches, check_same, lora_config, optimisation};
+use super::plan::{batches, lora_config, optimisation};
 use super::results::{self, Results, Summary};
 use super::{Outcome, Plan, RunFile, Shared, tensor_comm};
 use crate::cli::FinetuneArgs;
@@ -32,8 +32,6 @@ pub struct State {
     pub early_stopping: EarlyStopping,
     /// Tokens trained on so far.
     pub tokens: u64,
-    /// What decides the adapter: identity of the flags and of the data.
-    pub data: String,
 }
 
 /// The training.
@@ -93,13 +91,10 @@ impl<'a> Training<'a> {
             progress: Progress::default(),
             early_stopping: EarlyStopping::new(args.output.early_stopping_patience, 0.0),
             tokens: 0,
-            data: shared.train.identity() + &shared.validation.identity(),
         };
         world.barrier();
         let flops_limit = sum(world, kernels::parallel::peak_flops());
         if let Some(resumed) = results::load(world, &plan.dir, &mut trainer)? {
-            let recorded = serde_json::json!({ "data": resumed.data });
-            check_same(&plan.dir, &recorded, &serde_json::json!({ "data": state.data }))?;
             state = resumed;
             trainer.progress = state.progress;
         }
@@ -154,34 +149,32 @@ impl<'a> Training<'a> {
         }
         let mut said = Instant::now();
         let (begun, first) = (Instant::now(), self.state.progress.step);
-        while self.state.progress.step < self.total_steps {
+        while !self.is_over() {
             self.step()?;
             let step = self.state.progress.step;
-            let is_last = step == self.total_steps;
-            let is_best = (is_last || step.is_multiple_of(self.eval_steps())) && self.validate()?;
+            let is_evaluated = step == self.total_steps || step.is_multiple_of(self.eval_steps());
+            let is_best = is_evaluated && self.validate()?;
             if said.elapsed().as_secs_f64() > SAY_EVERY_SECONDS {
                 said = Instant::now();
                 self.say_how_far(begun, first);
             }
-            let stops_early = self.state.early_stopping.should_stop();
             let save_steps = self.args.output.save_steps;
-            let is_asked = self.is_asked_to_stop();
-            if is_last
-                || is_best
-                || stops_early
-                || is_asked
-                || (save_steps > 0 && step.is_multiple_of(save_steps))
-            {
+            let is_due = save_steps > 0 && step.is_multiple_of(save_steps);
+            let (is_asked, is_last) = (self.is_asked_to_stop(), self.is_over());
+            if is_last || is_best || is_asked || is_due {
                 self.save()?;
             }
             if is_asked && !is_last {
                 return Ok(Outcome::Stopped);
             }
-            if stops_early {
-                break;
-            }
         }
         self.finish()
+    }
+
+    /// Whether no step is left; a checkpoint knows it too, so that a run that is killed after
+    /// its last one does not go on.
+    fn is_over(&self) -> bool {
+        self.state.progress.step >= self.total_steps || self.state.early_stopping.should_stop()
     }
 
     fn eval_steps(&self) -> u64 {
