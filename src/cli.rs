@@ -89,7 +89,7 @@ pub enum Command {
     Stage(StageCommandArgs),
     /// Show what a model is, and the memory that it needs
     Inspect(InspectArgs),
-    /// Print the tables of a finished run again and write them as an HTML page
+    /// Print the tables of a finished run, or how a training goes, and write an HTML page
     Report(ReportArgs),
 }
 
@@ -190,7 +190,7 @@ pub struct InspectArgs {
 /// `farm report`.
 #[derive(Debug, Clone, Args)]
 pub struct ReportArgs {
-    /// The run directory (holds stats.json and ranks.csv)
+    /// The run directory (holds stats.json and ranks.csv), or an adapter's (finetune.json)
     #[arg(value_name = "RUN_DIR")]
     pub run_dir: PathBuf,
     /// Where the HTML page goes [default: RUN_DIR/report.html]

@@ -23,7 +23,8 @@ use crate::commands::signals::StopSignal;
 use crate::model::Checkpoint;
 use crate::train::data::Dataset;
 use crate::{Error, ErrorKind, Result};
-use plan::{Plan, RunFile};
+use plan::Plan;
+pub use plan::RunFile;
 use training::Training;
 
 /// What all trainings of a launch share.

@@ -1,4 +1,7 @@
-//! `farm report RUN_DIR`: the tables of a finished run again, and the HTML page.
+//! `farm report RUN_DIR`: the tables of a finished run again, or how a training went
+//! ([`training`]), and the HTML page.
+
+mod training;
 
 use std::path::Path;
 
@@ -21,6 +24,9 @@ pub fn run(args: &ReportArgs) -> Result<()> {
 /// Writes the page; the text to print.
 fn write_page(args: &ReportArgs) -> Result<String> {
     let dir = &args.run_dir;
+    if let Some(report) = training::report(dir)? {
+        return write(args, &report.text, &report.page);
+    }
     if !dir.join(STATS_FILE).is_file() {
         return Err(no_statistics(dir));
     }
@@ -30,10 +36,13 @@ fn write_page(args: &ReportArgs) -> Result<String> {
     let events = last_attempt(&String::from_utf8_lossy(&events));
 
     let table = closing_table(&job, &ranks);
-    let page = args.html.clone().unwrap_or_else(|| dir.join("report.html"));
-    replace_file(&page, html::page(&job, &ranks, &events, &table).as_bytes())?;
+    write(args, &table, &html::page(&job, &ranks, &events, &table))
+}
 
-    Ok(format!("{table}\n  page: {}\n", page.display()))
+fn write(args: &ReportArgs, text: &str, page: &str) -> Result<String> {
+    let path = args.html.clone().unwrap_or_else(|| args.run_dir.join("report.html"));
+    replace_file(&path, page.as_bytes())?;
+    Ok(format!("{text}\n  page: {}\n", path.display()))
 }
 
 /// Says what is there instead of statistics.
@@ -58,7 +67,10 @@ fn no_statistics(dir: &Path) -> Error {
              start the same farm command again to finish it"
         ))
     } else {
-        Error::input(format!("{dir}: not a run directory: no {STATS_FILE} or run.json ({shown})"))
+        Error::input(format!(
+            "{dir}: not a run directory: no {STATS_FILE}, run.json or finetune.json \
+             ({shown})"
+        ))
     }
 }
 

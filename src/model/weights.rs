@@ -38,6 +38,15 @@ impl WeightDtype {
             WeightDtype::Quant(quant) => quant.name(),
         }
     }
+
+    /// Bytes of a value; ggml's blocks share out what belongs to all of a block.
+    pub fn bytes_a_value(self) -> f64 {
+        match self {
+            WeightDtype::F32 => 4.0,
+            WeightDtype::Bf16 | WeightDtype::F16 => 2.0,
+            WeightDtype::Quant(quant) => quant.block_bytes() as f64 / quant.block_len() as f64,
+        }
+    }
 }
 
 /// A type of which every bit pattern is a value.
@@ -274,5 +283,36 @@ impl Weight {
     ) -> QuantMatrix<'a> {
         let (rows, cols) = (self.rows, self.cols);
         QuantMatrix { data: blocks.as_slice(), quant, rows, cols, skip, stride }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::tests::random;
+
+    #[test]
+    fn whatever_values_are_stored_as_products_take_the_same_ones() {
+        let (rows, cols, m) = (6, 256, 3);
+        let base = Weight::from_f32(rows, cols, random(rows * cols, 1));
+        let converted = |dtype| base.converted(dtype).unwrap();
+        let cut = base.quantized(QuantType::Q8_0, 24..200).unwrap();
+        let all = [
+            converted(WeightDtype::Bf16),
+            converted(WeightDtype::F16),
+            converted(WeightDtype::Quant(QuantType::Q4_K)),
+            cut,
+        ];
+        for weight in all {
+            let wide = Weight::from_f32(rows, weight.cols(), weight.to_f32());
+            let (x, y) = (random(m * wide.cols(), 2), random(m * rows, 3));
+            let products = |weight: &Weight| {
+                let (mut forward, mut back) = (vec![0.0; y.len()], x.clone());
+                weight.multiply(&x, m, None, &mut forward);
+                weight.multiply_back(&y, m, true, &mut back);
+                (forward, back)
+            };
+            assert_eq!(products(&weight), products(&wide), "{:?}", weight.dtype());
+        }
     }
 }

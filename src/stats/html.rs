@@ -39,6 +39,11 @@ pub fn page(job: &JobStats, ranks: &[RankStats], events: &[Event], table: &str) 
         let _ = writeln!(body, "<p>The plots show {} of {} ranks.</p>", shown.len(), ranks.len());
     }
     section(&mut body, "All figures", &format!("<pre>{}</pre>\n", escape(table)));
+    document(&title, &body)
+}
+
+/// A page that needs nothing else; the title is escaped already.
+pub fn document(title: &str, body: &str) -> String {
     format!(
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
          <meta name=\"viewport\" content=\"width=device-width\">\n<title>{title}</title>\n\
@@ -62,7 +67,8 @@ svg{width:100%;height:auto;display:block}svg text{font-size:12px;fill:currentCol
 pre{font-size:12px;overflow-x:auto;border:1px solid #8885;border-radius:6px;padding:.8em}
 ";
 
-fn section(body: &mut String, title: &str, content: &str) {
+/// Adds a heading and what belongs to it.
+pub fn section(body: &mut String, title: &str, content: &str) {
     let _ = write!(body, "<h2>{title}</h2>\n{content}");
 }
 
@@ -82,13 +88,15 @@ fn tiles(job: &JobStats) -> String {
         (plural(job.ranks as u64, "rank"), "processes"),
         (known(facts.slurm.job_id, |id| id.to_string()), "Slurm job"),
     ];
+    tiles_of(&figures)
+}
+
+/// Figures with what they are, side by side.
+pub fn tiles_of(figures: &[(String, &str)]) -> String {
     let mut html = "<div class=\"tiles\">\n".to_owned();
     for (value, name) in figures {
-        let _ = writeln!(
-            html,
-            "<div class=\"tile\"><b>{}</b><span>{name}</span></div>",
-            escape(&value)
-        );
+        let _ =
+            writeln!(html, "<div class=\"tile\"><b>{}</b><span>{name}</span></div>", escape(value));
     }
     html + "</div>\n"
 }
@@ -280,7 +288,8 @@ fn text(svg: &mut String, x: f64, y: f64, content: &str) {
     let _ = writeln!(svg, "<text x=\"{x:.1}\" y=\"{:.1}\">{}</text>", y + 14.0, escape(content));
 }
 
-fn escape(text: &str) -> String {
+/// Text as it is written in a page.
+pub fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 

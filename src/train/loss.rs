@@ -19,6 +19,11 @@ const LOGITS_AT_ONCE: usize = 4 << 20;
 /// Rows at once at least, or the matrix would be streamed for too few.
 const ROWS_MIN: usize = 32;
 
+/// Rows whose logits over `ids` tokens are held at once.
+pub fn rows_at_once(ids: usize) -> usize {
+    (LOGITS_AT_ONCE / ids.max(1)).max(ROWS_MIN)
+}
+
 /// The way from the last hidden states to the loss.
 pub struct LossHead {
     /// `[ids, hidden]`, this rank's.
@@ -61,7 +66,7 @@ impl LossHead {
         weight: Option<f32>,
     ) -> Loss {
         let width = self.linear.inputs();
-        let rows = (LOGITS_AT_ONCE / self.ids.len().max(1)).max(ROWS_MIN);
+        let rows = rows_at_once(self.ids.len());
         let mut loss = Loss { sum: 0.0, dx: Vec::new() };
         if weight.is_some() {
             loss.dx.resize(x.len(), 0.0);

@@ -15,6 +15,7 @@ pub mod layer;
 pub mod linear;
 pub mod lora;
 pub mod loss;
+pub mod memory;
 pub mod metrics;
 pub mod model;
 pub mod parameters;

@@ -10,11 +10,14 @@ use super::{Outcome, Plan, RunFile, Shared, tensor_comm};
 use crate::cli::FinetuneArgs;
 use crate::comm::{Topology, agree};
 use crate::commands::deadline::Measured;
+use crate::model::WeightDtype;
 use crate::model::layers::Loader;
+use crate::stats::format;
 use crate::stats::process::peak_resident_bytes;
 use crate::train::batch::MicroBatch;
 use crate::train::data::{Batches, Dataset, Sequence, share};
 use crate::train::early_stopping::EarlyStopping;
+use crate::train::memory::{Estimate, Setting, estimate};
 use crate::train::metrics::{EvalMetrics, TrainMetrics};
 use crate::train::model::TrainedModel;
 use crate::train::trainer::{Progress, StepOutcome, Trainer, sum};
@@ -75,6 +78,9 @@ impl<'a> Training<'a> {
             adapters: &[],
         };
         let (training, config) = (&args.training, lora_config(args));
+        if world.rank() == 0 {
+            say_how_much_memory(shared, args, plan, &topology);
+        }
         let model = TrainedModel::load(&loader, &config, training.seed, training.recompute);
         let model = agree(world, model)?;
         let flops_a_token = model.flops_a_token();
@@ -250,7 +256,7 @@ impl<'a> Training<'a> {
         tracing::info!(
             "step {step} of {}, loss {loss:.4}, about {} left",
             self.total_steps,
-            crate::stats::format::seconds(left)
+            format::seconds(left)
         );
     }
 
@@ -319,6 +325,42 @@ impl<'a> Training<'a> {
             best: self.state.early_stopping.best().map(|best| (best.step, best.loss)),
         }
     }
+}
+
+/// Says before anything is loaded what a rank will take, so that a job that is killed for its
+/// memory tells why.
+fn say_how_much_memory(shared: &Shared, args: &FinetuneArgs, plan: &Plan, topology: &Topology) {
+    let (training, replicas) = (&args.training, topology.data_parallel.size());
+    let sequences = training.micro_batch_size.min(training.batch_size.div_ceil(replicas));
+    let mut lengths = shared.train.lengths();
+    lengths.sort_unstable_by(|a, b| b.cmp(a));
+    let longest: usize = match args.data.packing {
+        true => (sequences * plan.max_seq_len).min(lengths.iter().sum()),
+        false => lengths.iter().take(sequences).sum(),
+    };
+    let setting = Setting {
+        model: shared.checkpoint.config(),
+        lora: &lora_config(args),
+        tensor_parallel: args.parallelism.tensor_parallel,
+        tokens: longest,
+        recompute: training.recompute,
+        bytes_a_weight: args
+            .model
+            .dtype_in_memory()
+            .map_or_else(|| shared.checkpoint.bytes_a_weight(), WeightDtype::bytes_a_value),
+    };
+    let Ok(estimate) = estimate(&setting) else { return };
+    let Estimate { weights, trained, kept, live, logits, .. } = estimate;
+    let memory = format::memory;
+    tracing::info!(
+        "a rank takes about {} of memory: weights {}, trained values {}, activations of {longest} \
+         tokens {} kept and {} at work",
+        memory(estimate.total()),
+        memory(weights),
+        memory(trained),
+        memory(kept),
+        memory(live.max(logits)),
+    );
 }
 
 /// The sequences `members` of a step. Draws for a row are keyed by step, sequence and place,

@@ -11,18 +11,18 @@
 
 #![allow(clippy::needless_range_loop, reason = "tiles are indexed in two dimensions at once")]
 
-use std::cell::RefCell;
-
 use super::super::parallel::{self, SharedMut};
 use super::super::simd::{LANES, Simd};
 use super::super::{Tier, tier};
-use super::{Element, Matrix, TASKS_PER_THREAD, padded};
+use super::{Element, LINE_BYTES, Matrix, TASKS_PER_THREAD, padded, with_buffer};
 
-/// Products of a sum that a block holds: a panel of `b` then fits the first-level cache.
-const DEPTH: usize = 128;
+/// Products of a sum that a block holds: its panels are near the first-level cache's size.
+const DEPTH: usize = 256;
 /// Values between two rows of a packed block of `a`; no power of two, which would put
 /// all rows into the same few sets of the cache.
 const A_STRIDE: usize = DEPTH + LANES;
+/// Rows of the tallest tile.
+const MOST_ROWS: usize = 8;
 /// Rows of `a` in a task.
 const TASK_ROWS: usize = 256;
 /// Columns of `b` in a task.
@@ -35,13 +35,6 @@ pub(in crate::kernels) const SCRATCH: usize = 512;
 const NARROW: usize = 128;
 /// Rows that prefetching looks ahead in packing.
 pub(in crate::kernels) const AHEAD: usize = 2;
-/// Bytes of a line of the caches.
-pub(in crate::kernels) const LINE_BYTES: usize = 64;
-
-thread_local! {
-    /// Packed blocks of a task; never given back, as long as the thread.
-    static BUFFER: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-}
 
 /// `out[m, cols] (+)= y[m, rows] · w[rows, cols]`, on the rank's threads: what `y`, a
 /// gradient of `linear`'s output, is for its input. With `accumulate` it is added to `out`.
@@ -339,18 +332,20 @@ impl<R: Right> Block<'_, R> {
     unsafe fn run(&self, tier: Tier) {
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-        unsafe fn avx512<R: Right>(block: &Block<'_, R>, buffer: &mut Vec<f32>) {
+        unsafe fn avx512<R: Right>(block: &Block<'_, R>, buffer: &mut [f32]) {
             // SAFETY: the features are on; the rest is the caller's.
             unsafe { block.in_tiles::<crate::kernels::simd::Avx512, 8, 3>(Tier::Avx512, buffer) }
         }
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx2,fma,f16c")]
-        unsafe fn avx2<R: Right>(block: &Block<'_, R>, buffer: &mut Vec<f32>) {
+        unsafe fn avx2<R: Right>(block: &Block<'_, R>, buffer: &mut [f32]) {
             // SAFETY: as above.
             unsafe { block.in_tiles::<crate::kernels::simd::Avx2, 6, 1>(Tier::Avx2, buffer) }
         }
-        // (A closure inside of these would not be compiled with the tier's instructions.)
-        BUFFER.with_borrow_mut(|buffer| match tier {
+        let a_len = (self.rows + MOST_ROWS) * A_STRIDE;
+        let b_len = self.cols.next_multiple_of(LANES) * DEPTH;
+        // (A closure inside of those would not be compiled with the tier's instructions.)
+        with_buffer(a_len + b_len + self.cols + SCRATCH, |buffer| match tier {
             // SAFETY: `Tier::detect` has seen these instructions.
             #[cfg(target_arch = "x86_64")]
             Tier::Avx512 => unsafe { avx512(self, buffer) },
@@ -367,19 +362,12 @@ impl<R: Right> Block<'_, R> {
     unsafe fn in_tiles<S: Simd, const M: usize, const N: usize>(
         &self,
         tier: Tier,
-        buffer: &mut Vec<f32>,
+        buffer: &mut [f32],
     ) {
+        const { assert!(M <= MOST_ROWS) };
         let vectors = self.cols.div_ceil(LANES);
-        let a_len = self.rows.next_multiple_of(M) * A_STRIDE;
-        let b_len = vectors * LANES * DEPTH;
-        let len = LANES + a_len + b_len + self.cols + SCRATCH;
-        if buffer.len() < len {
-            buffer.resize(len, 0.0);
-        }
-        // Vectors that begin at lines of the cache load twice as fast.
-        let start = buffer.as_ptr().align_offset(64).min(LANES);
-        let (a, rest) = buffer[start..].split_at_mut(a_len);
-        let (b, scratch) = rest.split_at_mut(b_len);
+        let (a, rest) = buffer.split_at_mut(self.rows.next_multiple_of(M) * A_STRIDE);
+        let (b, scratch) = rest.split_at_mut(vectors * LANES * DEPTH);
         let mut k = 0;
         while k < self.left.depth {
             let depth = DEPTH.min(self.left.depth - k);
@@ -534,11 +522,11 @@ mod tests {
         (1, 1, 1),
         (3, 7, 16),
         (9, 40, 8),
-        (6, 129, 50),
+        (6, 257, 50),
         (8, 20, 96),
-        (17, 300, 33),
+        (17, 600, 33),
         (70, 5, 100),
-        (300, 3, 20),
+        (300, 260, 20),
         (5, 9, 1600),
     ];
 

@@ -1,7 +1,8 @@
 //! The product of a backward pass with quantized weights: rows are dequantized as
 //! they are packed into a task's cache, never the whole matrix.
 
-use super::super::gemm::back::{AHEAD, LINE_BYTES, Left, Panels, Right, SCRATCH, product};
+use super::super::gemm::LINE_BYTES;
+use super::super::gemm::back::{AHEAD, Left, Panels, Right, SCRATCH, product};
 use super::super::simd::Simd;
 use super::super::{Tier, tier};
 use super::QuantMatrix;

@@ -6,7 +6,6 @@
 
 #![allow(clippy::needless_range_loop, reason = "tiles are indexed in two dimensions at once")]
 
-use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -29,10 +28,6 @@ const AHEAD: usize = 4;
 /// Rows of activations that a tile of [`TILE_ROWS`] rows of weights leaves room for in
 /// the 32 registers of AVX-512.
 const TILE_AVX512: usize = 4;
-
-thread_local! {
-    static BUFFER: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-}
 
 /// `out[m, rows] = x[m, cols] · wᵀ + bias`, on the rank's threads; the bits of
 /// [`gemm::linear`] over the dequantized rows.
@@ -236,13 +231,7 @@ unsafe fn run_buffered<F: Format>(tier: Tier, w: &Quantized) {
     // While all activations stay near, so may a tile's weights.
     let near = p.m * p.cols * size_of::<f32>() <= ACTIVATION_BYTES;
     let step = if near { TILE_ROWS } else { p.rows };
-    BUFFER.with_borrow_mut(|buffer| {
-        // Vectors that begin at lines of the cache load twice as fast.
-        if buffer.len() < step * stride + LANES {
-            buffer.resize(step * stride + LANES, 0.0);
-        }
-        let start = buffer.as_ptr().align_offset(64).min(LANES);
-        let buffer = &mut buffer[start..];
+    gemm::with_buffer(step * stride, |buffer| {
         for first in (0..p.rows).step_by(step) {
             let rows = step.min(p.rows - first);
             // SAFETY: rows `first..first + rows` are in the panel, and the buffer holds them.

@@ -141,7 +141,7 @@ fn many_rows_and_columns_are_split_without_a_trace() {
         for (row, wide) in wide.chunks_exact_mut(cols).enumerate() {
             read_row(w, row, wide);
         }
-        for m in [1, 50] {
+        for m in [1, 50, 250] {
             let x = random(m * cols, 3);
             let (mut got, mut want) = (vec![0.0; m * rows], vec![0.0; m * rows]);
             gemm::linear(&x, m, Matrix { data: &wide, rows, cols, stride: cols }, None, &mut want);

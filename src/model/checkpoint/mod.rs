@@ -174,6 +174,13 @@ impl Checkpoint {
         &self.config
     }
 
+    /// Bytes of a weight as it is stored, on average.
+    pub fn bytes_a_weight(&self) -> f64 {
+        let tensors = || self.tensors().iter().map(|(_, tensor)| tensor);
+        let bytes: u64 = tensors().filter_map(Tensor::bytes).sum();
+        bytes as f64 / tensors().map(Tensor::len).sum::<usize>().max(1) as f64
+    }
+
     /// What the files hold.
     pub fn contents(&self) -> &Contents {
         &self.contents
