@@ -41,7 +41,10 @@ fn only_the_commands_that_work_are_listed() {
     let names: Vec<_> = command.get_subcommands().map(|c| c.get_name()).collect();
     assert_eq!(
         names,
-        ["generate", "score", "finetune", "retry", "status", "submit", "merge", "stage", "inspect", "report"]
+        [
+            "generate", "score", "finetune", "retry", "status", "submit", "merge", "stage",
+            "inspect", "report"
+        ]
     );
 }
 

@@ -78,7 +78,10 @@ fn set(args: &mut FinetuneArgs, name: &str, value: &str) -> Result<(), String> {
         "r" => number(value, 1).map(|r| lora.lora_r = r),
         "alpha" => number(value, f32::MIN_POSITIVE).map(|alpha| lora.lora_alpha = alpha),
         "dropout" => number(value, 0.0).and_then(|p: f32| match p < 1.0 {
-            true => Ok(lora.lora_dropout = p),
+            true => {
+                lora.lora_dropout = p;
+                Ok(())
+            }
             false => Err("must be below 1".into()),
         }),
         "lr" => number(value, f64::MIN_POSITIVE).map(|rate| training.learning_rate = rate),
