@@ -12,7 +12,7 @@
 //!
 //! The terms follow [`super::layer`], [`super::linear`], [`super::loss`] and [`super::model`]
 //! line by line; whoever keeps another tensor there adds it here. Attention's tiles and the
-//! kernels' buffers are some hundred KiB a thread and left out, as are tokenizer and data.
+//! kernels' buffers are some hundred KiB a thread and left out, as are large data.
 
 use std::collections::BTreeSet;
 
@@ -27,6 +27,8 @@ use crate::model::names::at;
 
 /// Bytes of a value in a pass.
 const VALUE: usize = size_of::<f32>();
+/// The program with a tokenizer and little data, as measured.
+const PROGRAM: u64 = 28 << 20;
 
 /// What the memory of a training depends on.
 #[derive(Debug, Clone, Copy)]
@@ -63,10 +65,15 @@ pub struct Estimate {
 }
 
 impl Estimate {
-    /// The peak: the loss, a layer's way back and saving do not meet.
+    /// The most that a forward and a backward pass take: the loss and a layer's way back do
+    /// not meet.
+    pub fn pass(&self) -> u64 {
+        self.kept + self.live.max(self.logits)
+    }
+
+    /// The peak of the process.
     pub fn total(&self) -> u64 {
-        let pass = self.kept + self.live.max(self.logits);
-        self.weights + self.trained + pass.max(self.saving)
+        PROGRAM + self.weights + self.trained + self.pass().max(self.saving)
     }
 }
 

@@ -103,7 +103,7 @@ fn the_documented_table_is_what_the_formula_gives() {
                     let pass = of(model, &lora, |s| {
                         (s.tensor_parallel, s.tokens, s.recompute) = (size, tokens, recompute);
                     });
-                    table += &format!(" {} |", gib(pass.total() - pass.weights - pass.trained));
+                    table += &format!(" {} |", gib(pass.pass()));
                 }
             }
             table.push('\n');
