@@ -307,7 +307,7 @@ struct Attention {
 /// Linear layers over one input: one for each output, or one for all.
 enum Projections {
     Each(Vec<Linear>),
-    Fused(Linear, Vec<usize>),
+    Fused(Box<Linear>, Vec<usize>),
 }
 
 struct AttentionKept {
@@ -462,7 +462,7 @@ impl Projections {
             q.and(k).and(v)
         };
         let linear = b.linear(&all, kind(Some((widths[0] + widths[1], d))))?;
-        Ok(Self::Fused(linear, widths.to_vec()))
+        Ok(Self::Fused(Box::new(linear), widths.to_vec()))
     }
 
     fn load_gate_up(b: &mut Builder, layer: usize, share: Range<usize>) -> Result<Self> {
@@ -479,7 +479,7 @@ impl Projections {
             GateUp::Concatenated(_) => {
                 check_fused(model, matches!(model.names.gate_up, GateUp::Concatenated(_)))?;
                 let both = |names: &Names| gate(names).and(up(names));
-                Self::Fused(b.linear(&both, kind())?, vec![share.len(); 2])
+                Self::Fused(Box::new(b.linear(&both, kind())?), vec![share.len(); 2])
             }
         })
     }
@@ -487,14 +487,14 @@ impl Projections {
     fn linears(&self) -> &[Linear] {
         match self {
             Self::Each(linears) => linears,
-            Self::Fused(linear, _) => std::slice::from_ref(linear),
+            Self::Fused(linear, _) => std::slice::from_ref(&**linear),
         }
     }
 
     fn linears_mut(&mut self) -> &mut [Linear] {
         match self {
             Self::Each(linears) => linears,
-            Self::Fused(linear, _) => std::slice::from_mut(linear),
+            Self::Fused(linear, _) => std::slice::from_mut(&mut **linear),
         }
     }
 
