@@ -60,12 +60,12 @@ median() {
 # run_farm DTYPE RECOMPUTE: "tokens/s MiB". The other run_… print the same.
 run_farm() {
     local memory
-    rm -rf "$folder/adapter" "$folder/run"
+    rm -rf "$folder/adapter"
     memory=$(FARM_THREADS=$threads measured "$farm" finetune --model "$models-$1" --train "$train" \
-        --adapter-out "$folder/adapter" --run-dir "$folder/run" --no-stage --dtype "$1" --recompute "$2" \
+        --adapter-out "$folder/adapter" --no-stage --dtype "$1" --recompute "$2" \
         --lora-r 16 --lora-alpha 32 --max-steps "$steps" --batch-size "$batch" --micro-batch-size "$batch" \
         --max-seq-len "$length" --save-steps 0)
-    echo "$(cat $(find "$folder/adapter" "$folder/run" -name metrics.jsonl | head -n 1) |
+    echo "$(cat "$folder/adapter/metrics.jsonl" |
         sed -n 's/.*"tokens_per_second":\([0-9.e+-]*\).*/\1/p' | median) $memory"
 }
 

@@ -173,9 +173,17 @@ impl<'a> Encoder<'a> {
     }
 }
 
+/// White space that may belong to no token, in bytes.
+const SKIPPED_MAX: usize = 1024;
+
 /// Where `token` stands at the beginning of `text`: white space skipped, and bytes taken.
 fn find(token: &[u8], text: &[u8]) -> Option<(usize, usize)> {
-    let spaces = text.len() - text.trim_ascii_start().len();
+    // The usual case, and the one that keeps a text of white space alone linear.
+    if text.starts_with(token) {
+        return Some((0, token.len()));
+    }
+    let near = &text[..text.len().min(SKIPPED_MAX)];
+    let spaces = near.len() - near.trim_ascii_start().len();
     let at = |token: &[u8]| {
         let skipped = (0..=spaces).find(|&skipped| text[skipped..].starts_with(token))?;
         Some((skipped, token.len()))
