@@ -35,7 +35,7 @@ impl LoraLinear {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let factor = |v: &Var| Ok::<_, candle_core::Error>(v.to_dtype(x.dtype())?.t()?);
+        let factor = |v: &Var| v.to_dtype(x.dtype()).and_then(|v| v.t());
         let (batch, length, inputs) = x.dims3()?;
         let rows = x.reshape((batch * length, inputs))?;
         let delta = (rows.matmul(&factor(&self.a)?)?.matmul(&factor(&self.b)?)? * SCALE)?;

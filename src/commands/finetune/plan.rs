@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::sweep::Trial;
-use crate::cli::{FinetuneArgs, ScheduleName};
+use crate::cli::{AdapterFormat, FinetuneArgs, ScheduleName};
 use crate::commands::deadline::{Deadline, job_seconds_left};
 use crate::commands::generate::sources;
 use crate::commands::launch::Rank;
@@ -16,7 +16,7 @@ use crate::commands::plan::{evidence, job_ref, now_unix_seconds, this_launch};
 use crate::files::replace_file;
 use crate::ledger::claims::ClaimsConfig;
 use crate::ledger::{Membership, membership};
-use crate::model::{Checkpoint, WeightDtype};
+use crate::model::{Checkpoint, ModelConfig, WeightDtype};
 use crate::stage::manifest::Manifest;
 use crate::train::adamw::AdamW;
 use crate::train::data::{BatchConfig, Batches, Dataset, Formatting, mark_generation};
@@ -118,7 +118,10 @@ pub fn plan(
         }
         given => given.unwrap_or(DEFAULT_MAX_SEQ_LEN.min(context)),
     };
-    trials.iter().try_for_each(|trial| targets(model, &lora_config(&trial.args)).map(drop))?;
+    trials.iter().try_for_each(|trial| check_flags(&trial.args, model))?;
+    for path in std::iter::once(&args.data.train).chain(&args.data.val) {
+        std::fs::File::open(path).map_err(|e| Error::input(format!("{}: {e}", path.display())))?;
+    }
     let seconds_left = job_seconds_left(&rank.job);
     let now_seconds = start.elapsed().as_secs_f64();
     let deadline = Deadline::new(args.output.time_limit, seconds_left, now_seconds);
@@ -137,6 +140,39 @@ pub fn plan(
         })
     };
     Ok((trials.iter().map(plan).collect::<Result<_>>()?, held))
+}
+
+/// Refuses flags that do not fit the model or each other, before hours of training.
+fn check_flags(args: &FinetuneArgs, model: &ModelConfig) -> Result<()> {
+    let (lora, output, layers) = (&args.lora, &args.output, model.num_hidden_layers);
+    if let Some(beyond) = lora.layers_to_transform.as_ref().and_then(|l| l.0.last().copied())
+        && beyond >= layers
+    {
+        return Err(Error::input(format!(
+            "--layers-to-transform: there is no layer {beyond}, the model has 0 to {}",
+            layers - 1
+        )));
+    }
+    targets(model, &lora_config(args))?;
+    if output.format == AdapterFormat::Gguf && (lora.use_dora || !lora.modules_to_save.is_empty()) {
+        return Err(Error::usage(
+            "--format gguf has no place for --use-dora and --modules-to-save: leave one out, or \
+             train for PEFT's form and farm merge",
+        ));
+    }
+    if output.early_stopping_patience.is_some() {
+        if args.data.val.is_none() && args.data.val_fraction.is_none_or(|share| share == 0.0) {
+            return Err(Error::usage(
+                "--early-stopping-patience needs validation data: --val or --val-fraction",
+            ));
+        }
+        if output.save_steps == 0 && output.eval_steps.is_none() {
+            return Err(Error::usage(
+                "--early-stopping-patience with --save-steps 0 needs --eval-steps",
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// A place on the adapter's directory that no other job has: two that write the same
@@ -198,6 +234,12 @@ fn open(dir: &Path, identity: &Value, force_new: bool) -> Result<RunFile> {
         run.write(dir)?;
         return Ok(run);
     };
+    // Data that could not be read began nothing.
+    if run.data.is_none() && !dir.join("checkpoints").exists() {
+        let run = RunFile { identity: identity.clone(), ..run };
+        run.write(dir)?;
+        return Ok(run);
+    }
     check_same(dir, &run.identity, identity)?;
     Ok(run)
 }
@@ -242,7 +284,7 @@ pub fn check_data(plans: &[Plan], data: &str) -> Result<()> {
 }
 
 /// What a training leaves in its directory.
-const OWN: [&str; 9] = [
+const OWN: [&str; 10] = [
     "adapter_model.safetensors",
     "adapter_config.json",
     "adapter.gguf",
@@ -251,6 +293,7 @@ const OWN: [&str; 9] = [
     "metrics.csv",
     "loss.svg",
     "bad_records.jsonl",
+    "report.html",
     RUN_FILE,
 ];
 
@@ -327,8 +370,10 @@ pub fn batches(args: &FinetuneArgs, plan: &Plan, lengths: &[usize]) -> Result<(B
         seed: args.training.seed,
     };
     let mut batches = Batches::new(lengths, &config)?;
-    let of_epochs = batches.steps_of_epochs(args.training.epochs as u64);
-    let steps = args.training.max_steps.map_or(of_epochs, |most| most as u64);
+    let steps = match args.training.max_steps {
+        Some(steps) => steps as u64,
+        None => batches.steps_of_epochs(args.training.epochs as u64),
+    };
     Ok((batches, steps))
 }
 
@@ -341,9 +386,12 @@ pub fn optimisation(args: &FinetuneArgs, total_steps: u64) -> Optimisation {
         ScheduleName::Cosine => ScheduleKind::Cosine,
     };
     let warmup_ratio = decimal(training.warmup_ratio);
+    let mut schedule = Schedule::new(kind, training.learning_rate, warmup_ratio, total_steps);
+    // A run of one step would have a rate of 0 and learn nothing.
+    schedule.warmup_steps = schedule.warmup_steps.min(total_steps.saturating_sub(1));
     Optimisation {
         adamw: AdamW { weight_decay: decimal(training.weight_decay), ..AdamW::default() },
-        schedule: Schedule::new(kind, training.learning_rate, warmup_ratio, total_steps),
+        schedule,
         max_grad_norm: decimal(training.max_grad_norm),
         loraplus_ratio: decimal(training.loraplus_ratio),
     }

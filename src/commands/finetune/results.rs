@@ -9,6 +9,7 @@
 //! bad_records.jsonl                                  records that were left out
 //! ```
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -17,11 +18,12 @@ use super::plan::{Plan, lora_config};
 use super::training::State;
 use crate::cli::{AdapterFormat, FinetuneArgs};
 use crate::comm::{Communicator, Topology, agree, broadcast_vec};
+use crate::model::adapter::modules::modules;
 use crate::model::adapter::write::{AdapterFile, WrittenModule, WrittenSettings, write_peft};
 use crate::model::adapter::write_gguf::write_gguf;
 use crate::model::config::ModelConfig;
 use crate::train::checkpoint::{self, Checkpoint, Keep, NamedTensor};
-use crate::train::lora::LoraConfig;
+use crate::train::lora::{LoraConfig, layer_of};
 use crate::train::metrics::MetricsLog;
 use crate::train::model::TrainedModel;
 use crate::train::parameters::{Parameter, Parameters, Part};
@@ -74,7 +76,7 @@ impl Results {
         let base = std::path::absolute(&args.model.model).unwrap_or(args.model.model.clone());
         Ok(Self {
             dir: plan.dir.clone(),
-            settings: settings(&lora_config(args), &trained.parameters, &base),
+            settings: settings(&lora_config(args), &trained.parameters, &base, model),
             format: args.output.format,
             keep: args.output.keep_checkpoints,
             wants_best: args.output.early_stopping_patience.is_some(),
@@ -149,29 +151,56 @@ fn put(modules: &mut Vec<WrittenModule>, tensor: &Parameter, values: Vec<f32>) {
     }
 }
 
-fn settings(config: &LoraConfig, parameters: &Parameters, base: &Path) -> WrittenSettings {
-    let last = |name: &str| name.rsplit('.').next().unwrap_or(name).to_owned();
-    let of = |whole: bool| {
+fn settings(
+    config: &LoraConfig,
+    parameters: &Parameters,
+    base: &Path,
+    model: &ModelConfig,
+) -> WrittenSettings {
+    let names = |whole: bool| -> BTreeSet<String> {
         let tensors = parameters.tensors().iter();
         let tensors = tensors.filter(|tensor| (tensor.part == Part::Whole) == whole);
-        let mut names: Vec<String> = tensors.map(|tensor| last(&tensor.module)).collect();
-        names.sort();
-        names.dedup();
-        names
+        tensors.map(|tensor| tensor.module.clone()).collect()
     };
+    let layers = config.layers_to_transform.as_ref();
+    let (target_modules, all) = targets_as_peft_names_them(&names(false), model, layers);
     WrittenSettings {
         r: config.r,
         lora_alpha: config.lora_alpha,
         lora_dropout: config.lora_dropout.to_string().parse().unwrap_or(0.0),
-        target_modules: of(false),
+        target_modules,
         use_rslora: config.use_rslora,
         use_dora: config.use_dora,
-        layers_to_transform: config
-            .layers_to_transform
-            .as_ref()
-            .map(|l| l.iter().copied().collect()),
-        modules_to_save: of(true),
+        layers_to_transform: layers.filter(|_| all).map(|l| l.iter().copied().collect()),
+        modules_to_save: names(true).iter().map(|name| last_part(name).to_owned()).collect(),
         base_model_name_or_path: base.display().to_string(),
+    }
+}
+
+fn last_part(name: &str) -> &str {
+    name.rsplit('.').next().unwrap_or(name)
+}
+
+/// The last parts of the modules' names, where these and `layers` mean no other module; else
+/// whole names. Whether it is the former.
+fn targets_as_peft_names_them(
+    trained: &BTreeSet<String>,
+    model: &ModelConfig,
+    layers: Option<&BTreeSet<usize>>,
+) -> (Vec<String>, bool) {
+    let short: BTreeSet<&str> = trained.iter().map(|name| last_part(name)).collect();
+    let modules = modules(model, &model.hf_names);
+    let meant = modules.keys().filter(|name| {
+        let in_layers = match (layers, layer_of(name)) {
+            (Some(layers), Some(layer)) => layers.contains(&layer),
+            (Some(_), None) => false,
+            (None, _) => true,
+        };
+        in_layers && short.contains(last_part(name))
+    });
+    match meant.eq(trained.iter()) {
+        true => (short.into_iter().map(str::to_owned).collect(), true),
+        false => (trained.iter().cloned().collect(), false),
     }
 }
 

@@ -1,7 +1,9 @@
 //! Several trainings in one job: every combination of the settings that `--sweep` names, the
 //! ranks shared out over them, one frozen model on each node.
 
+use std::ops::RangeInclusive;
 use std::path::Path;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use super::Outcome;
@@ -39,6 +41,9 @@ pub fn trials(args: &FinetuneArgs) -> Result<Vec<Trial>> {
             .split_once('=')
             .ok_or_else(|| wrong(format!("{setting} is not NAME=VALUE,VALUE")))?;
         let values: Vec<&str> = values.split(',').collect();
+        if trials[0].name.split(',').any(|set| set.split('=').next() == Some(name)) {
+            return Err(wrong(format!("{name} comes twice")));
+        }
         if trials.len() * values.len() > TRIALS_MAX {
             return Err(wrong(format!("more than {TRIALS_MAX} combinations")));
         }
@@ -69,25 +74,20 @@ pub fn trials(args: &FinetuneArgs) -> Result<Vec<Trial>> {
 }
 
 fn set(args: &mut FinetuneArgs, name: &str, value: &str) -> Result<(), String> {
-    fn number<T: std::str::FromStr + PartialOrd>(text: &str, least: T) -> Result<T, String> {
-        let number = text.parse().ok().filter(|number| *number >= least);
+    /// Within the limits of the flag; NaN is in no range.
+    fn number<T: FromStr + PartialOrd>(text: &str, range: RangeInclusive<T>) -> Result<T, String> {
+        let number = text.parse().ok().filter(|number| range.contains(number));
         number.ok_or_else(|| format!("{text} is no value for it"))
     }
     let (lora, training) = (&mut args.lora, &mut args.training);
     let set = match name {
-        "r" => number(value, 1).map(|r| lora.lora_r = r),
-        "alpha" => number(value, f32::MIN_POSITIVE).map(|alpha| lora.lora_alpha = alpha),
-        "dropout" => number(value, 0.0).and_then(|p: f32| match p < 1.0 {
-            true => {
-                lora.lora_dropout = p;
-                Ok(())
-            }
-            false => Err("must be below 1".into()),
-        }),
-        "lr" => number(value, f64::MIN_POSITIVE).map(|rate| training.learning_rate = rate),
-        "batch" => number(value, 1).map(|size| training.batch_size = size),
-        "epochs" => number(value, 1).map(|epochs| training.epochs = epochs),
-        "seed" => number(value, 0).map(|seed| training.seed = seed),
+        "r" => number(value, 1..=1 << 14).map(|r| lora.lora_r = r),
+        "alpha" => number(value, f32::MIN_POSITIVE..=f32::MAX).map(|x| lora.lora_alpha = x),
+        "dropout" => number(value, 0.0..=0.999_999).map(|p| lora.lora_dropout = p),
+        "lr" => number(value, f64::MIN_POSITIVE..=1e6).map(|rate| training.learning_rate = rate),
+        "batch" => number(value, 1..=1 << 20).map(|size| training.batch_size = size),
+        "epochs" => number(value, 1..=1 << 20).map(|epochs| training.epochs = epochs),
+        "seed" => number(value, 0..=u64::MAX).map(|seed| training.seed = seed),
         // A comma stands between combinations here, so names are joined by +.
         "targets" => {
             TargetModules::parse(&value.replace('+', ",")).map(|t| lora.target_modules = t)

@@ -96,6 +96,8 @@ impl<'a> Training<'a> {
         let flops_limit = sum(world, kernels::parallel::peak_flops());
         if let Some(resumed) = results::load(world, &plan.dir, &mut trainer)? {
             state = resumed;
+            // Patience is no part of what is trained: it may change from launch to launch.
+            state.early_stopping.patience = args.output.early_stopping_patience;
             trainer.progress = state.progress;
         }
         let is_first = world.rank() == 0;
@@ -152,16 +154,23 @@ impl<'a> Training<'a> {
         while !self.is_over() {
             self.step()?;
             let step = self.state.progress.step;
+            let save_steps = self.args.output.save_steps;
+            let is_due = save_steps > 0 && step.is_multiple_of(save_steps);
+            // Before the validation, which may take longer than there is left.
+            if is_due {
+                self.save()?;
+            }
             let is_evaluated = step == self.total_steps || step.is_multiple_of(self.eval_steps());
             let is_best = is_evaluated && self.validate()?;
             if said.elapsed().as_secs_f64() > SAY_EVERY_SECONDS {
                 said = Instant::now();
                 self.say_how_far(begun, first);
             }
-            let save_steps = self.args.output.save_steps;
-            let is_due = save_steps > 0 && step.is_multiple_of(save_steps);
             let (is_asked, is_last) = (self.is_asked_to_stop(), self.is_over());
-            if is_last || is_best || is_asked || is_due {
+            // What was just saved is saved again where validation has changed it.
+            let has_news =
+                is_best || (is_due && is_evaluated && !self.shared.validation.is_empty());
+            if has_news || (!is_due && (is_last || is_asked)) {
                 self.save()?;
             }
             if is_asked && !is_last {
@@ -188,7 +197,7 @@ impl<'a> Training<'a> {
         let step = self.state.progress.step;
         let sequences = self.batches.step(step);
         let train = &self.shared.train;
-        let micro_batches = self.micro_batches(train, &sequences, step, self.lengths.clone());
+        let micro_batches = self.micro_batches(train, &sequences, step, &self.lengths);
         let examples = || sequences.iter().flatten().map(|e| train.example(*e as usize));
         let is_target = |target: &&bool| **target;
         let targets =
@@ -208,11 +217,11 @@ impl<'a> Training<'a> {
         data: &Dataset,
         sequences: &[Sequence],
         step: u64,
-        lengths: Vec<usize>,
+        lengths: &[usize],
     ) -> Vec<MicroBatch> {
         let replicas = &self.topology.data_parallel;
         let size = self.args.training.micro_batch_size;
-        let shares = share(sequences, &lengths, replicas.size(), size);
+        let shares = share(sequences, lengths, replicas.size(), size);
         let of_group = shares.into_iter().nth(replicas.rank()).unwrap_or_default();
         of_group.iter().map(|members| micro_batch(data, sequences, members, step)).collect()
     }
@@ -260,20 +269,23 @@ impl<'a> Training<'a> {
         );
     }
 
-    /// The loss on the validation data, if there are any; whether it is the lowest so far.
+    /// Notes the loss on the validation data, if there are any; whether it is the lowest so
+    /// far.
     fn validate(&mut self) -> Result<bool> {
         let data = &self.shared.validation;
         if data.is_empty() {
             return Ok(false);
         }
+        let start = Instant::now();
         // Some examples at a time, so that they take no more memory than a training step.
         let all: Vec<Sequence> = (0..data.len() as u32).map(|example| vec![example]).collect();
         let lengths = data.lengths();
-        let micro_batches = self.micro_batches(data, &all, 0, lengths);
+        let micro_batches = self.micro_batches(data, &all, 0, &lengths);
         let targets = data.num_targets() as u64;
         let loss = self.trainer.evaluate(&micro_batches, targets)?;
         let step = self.state.progress.step;
         let is_best = self.state.early_stopping.update(step, loss);
+        self.measured.step(start.elapsed());
         let metrics = EvalMetrics::new(step, loss, targets);
         let recorded = self.results.as_mut().map_or(Ok(()), |results| {
             tracing::info!("step {step}: validation loss {loss:.4}");

@@ -6,6 +6,7 @@
 //! between the groups instead, which costs the order no randomness.
 
 use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 
 use crate::philox::philox4x32;
 use crate::{Error, Result};
@@ -85,29 +86,32 @@ impl Batches {
     /// Optimiser steps of the first `epochs` epochs.
     pub fn steps_of_epochs(&mut self, epochs: u64) -> u64 {
         if !self.config.packing {
-            return epochs * self.steps_per_epoch(0);
+            return epochs.saturating_mul(self.steps_per_epoch(0));
         }
         while (self.epoch_starts.len() as u64) <= epochs {
-            let epoch = self.epoch_starts.len() as u64 - 1;
-            let start = self.epoch_starts[epoch as usize];
-            let steps = self.steps_per_epoch(epoch);
-            self.epoch_starts.push(start + steps);
+            self.count_next_epoch();
         }
         self.epoch_starts[epochs as usize]
     }
 
     /// Where a step of the run (from 0) stands.
     pub fn place(&mut self, global_step: u64) -> Place {
-        let mut epoch = global_step / self.steps_per_epoch(0);
-        // Packed epochs differ by a few steps: the guess is near.
-        while epoch > 0 && self.steps_of_epochs(epoch) > global_step {
-            epoch -= 1;
+        if !self.config.packing {
+            let steps = self.steps_per_epoch(0);
+            return Place { epoch: global_step / steps, step: global_step % steps, steps };
         }
-        while self.steps_of_epochs(epoch + 1) <= global_step {
-            epoch += 1;
+        while self.epoch_starts.last().is_some_and(|start| *start <= global_step) {
+            self.count_next_epoch();
         }
-        let step = global_step - self.steps_of_epochs(epoch);
-        Place { epoch, step, steps: self.steps_per_epoch(epoch) }
+        let epoch = self.epoch_starts.partition_point(|start| *start <= global_step) - 1;
+        let (start, end) = (self.epoch_starts[epoch], self.epoch_starts[epoch + 1]);
+        Place { epoch: epoch as u64, step: global_step - start, steps: end - start }
+    }
+
+    fn count_next_epoch(&mut self) {
+        let epoch = self.epoch_starts.len() - 1;
+        let steps = self.steps_per_epoch(epoch as u64);
+        self.epoch_starts.push(self.epoch_starts[epoch] + steps);
     }
 
     /// The sequences of a step of the run (from 0).
@@ -228,15 +232,15 @@ pub fn share(
 }
 
 /// Deals `items` out, in their order, each to the part with the fewest tokens so far among
-/// those with less than `most` items.
+/// those with less than `most` items; of equals to the first.
 fn balance(items: &[usize], tokens: &[usize], parts: usize, most: usize) -> Vec<Vec<usize>> {
     let mut dealt = vec![Vec::new(); parts];
-    let mut loads = vec![0; parts];
+    let mut open: BinaryHeap<_> = (0..parts).map(|part| Reverse((0, part))).collect();
     for &item in items {
-        let open = (0..parts).filter(|&part| dealt[part].len() < most);
-        if let Some(part) = open.min_by_key(|&part| loads[part]) {
-            loads[part] += tokens[item];
-            dealt[part].push(item);
+        let Some(Reverse((load, part))) = open.pop() else { break };
+        dealt[part].push(item);
+        if dealt[part].len() < most {
+            open.push(Reverse((load + tokens[item], part)));
         }
     }
     dealt
