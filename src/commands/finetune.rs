@@ -1,8 +1,8 @@
 //! `farm finetune`: trains a LoRA adapter over all ranks, and goes on where it stopped.
 //!
-//! Rank 0 checks everything and reads the data ([`plan`]); the model is staged; every rank
-//! loads its share and trains ([`training`]); rank 0 writes checkpoints, metrics and the
-//! adapter ([`results`]). A sweep shares the ranks out over several trainings ([`sweep`]).
+//! Rank 0 checks everything and reads the data (`plan`); the model is staged; every rank
+//! loads its share and trains (`training`); rank 0 writes checkpoints, metrics and the
+//! adapter (`results`). A sweep shares the ranks out over several trainings (`sweep`).
 
 mod plan;
 mod results;

@@ -1,5 +1,5 @@
 //! `farm report RUN_DIR`: the tables of a finished run again, or how a training went
-//! ([`training`]), and the HTML page.
+//! (`training`), and the HTML page.
 
 mod training;
 

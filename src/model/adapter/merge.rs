@@ -3,7 +3,7 @@
 //!
 //! A row of the result depends on that row of W alone, so a matrix is made some rows at a
 //! time, whatever its size. Model and adapter may name and order their rows differently;
-//! [`slots`](super::slots) holds them against each other.
+//! `slots` holds them against each other.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

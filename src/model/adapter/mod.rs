@@ -10,7 +10,7 @@
 //! and checks every tensor against the model, whatever the model's own form; [`Deltas`] are
 //! a rank's share of them at one layer. A tensor-parallel rank has B's rows where it has the
 //! layer's rows, and A's columns where it has the layer's columns; the latter's products are
-//! added before the ranks' sum. [`write`] writes the adapters that training makes.
+//! added before the ranks' sum. [`mod@write`] writes the adapters that training makes.
 //!
 //! Left out: adapters of norms and biases, several adapters on one row, and staging (every
 //! rank maps the files where they lie).
