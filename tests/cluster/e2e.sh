@@ -256,7 +256,7 @@ test_cancelled_job_does_not_come_back() {
 # finetuning NAME STEPS ARG…: flags of a training with dropout, into $SCRATCH/NAME
 finetuning() {
     local name=$1 steps=$2; shift 2
-    echo "--model $MODEL --train $REPOSITORY/prompts/finetune/train.jsonl --adapter-out $SCRATCH/$name" \
+    echo "--model $MODEL --train $APPS/share/farm/prompts/finetune/train.jsonl --adapter-out $SCRATCH/$name" \
         "--max-steps $steps --batch-size 8 --micro-batch-size 2 --lora-dropout 0.1 --save-steps 5 --seed 3 $*"
 }
 
