@@ -391,6 +391,7 @@ unsafe fn store<S: Simd>(x: &mut [f32], i: usize, v: S::V) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::ops::tests::formula;
     use super::*;
     use crate::kernels::ops;
     use crate::kernels::tests::{random, tiers};
@@ -453,27 +454,6 @@ mod tests {
                     let x: Vec<f64> = x.iter().map(|v| v - mean).collect();
                     x.iter().enumerate().map(|(i, v)| w(i) * v * scale(&x)).collect()
                 });
-            }
-        }
-    }
-
-    /// erf in f64 by its Taylor series.
-    fn erf(x: f64) -> f64 {
-        let (mut term, mut sum) = (x, x);
-        for n in 1..100 {
-            term *= -x * x / f64::from(n);
-            sum += term / f64::from(2 * n + 1);
-        }
-        sum * 2.0 / std::f64::consts::PI.sqrt()
-    }
-
-    fn formula(act: Activation, x: f64) -> f64 {
-        match act {
-            Activation::Silu => x / (1.0 + (-x).exp()),
-            Activation::Gelu => 0.5 * x * (1.0 + erf(x * std::f64::consts::FRAC_1_SQRT_2)),
-            Activation::GeluTanh => {
-                let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
-                0.5 * x * (1.0 + u.tanh())
             }
         }
     }

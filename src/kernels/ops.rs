@@ -428,7 +428,7 @@ pub fn add_assign(x: &mut [f32], y: &[f32]) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::kernels::tests::{random, tiers};
 
@@ -493,7 +493,8 @@ mod tests {
         sum * 2.0 / std::f64::consts::PI.sqrt()
     }
 
-    fn formula(act: Activation, x: f64) -> f64 {
+    /// The activation in f64.
+    pub(in crate::kernels) fn formula(act: Activation, x: f64) -> f64 {
         match act {
             Activation::Silu => x / (1.0 + (-x).exp()),
             Activation::Gelu => 0.5 * x * (1.0 + erf(x * std::f64::consts::FRAC_1_SQRT_2)),

@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use super::adamw::sum_of_squares;
 use crate::comm::TensorComm;
 use crate::philox::philox4x32;
 use crate::{Error, Result};
@@ -259,10 +260,7 @@ impl Parameters {
         let squares = |sharded: bool| -> f64 {
             let tensors = self.tensors.iter();
             let tensors = tensors.filter(|t| (t.sharing == Sharing::Sharded) == sharded);
-            tensors
-                .flat_map(|tensor| &self.gradients[tensor.span.clone()])
-                .map(|g| f64::from(*g) * f64::from(*g))
-                .sum()
+            tensors.map(|tensor| sum_of_squares(&self.gradients[tensor.span.clone()])).sum()
         };
         // As two floats: their sum is exact enough for a norm.
         let own = squares(true);
