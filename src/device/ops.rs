@@ -70,7 +70,7 @@ pub fn norm(device: &Device, x: &Array, norm: &Norm, out: &Array) -> Result<()> 
     }
     let wide = wide([norm.width()], [x, out].into_iter().chain(norm.arrays()));
     let kernel = format!("norm_{}_{}", x.dtype().suffix(), out.dtype().suffix());
-    let (bias, width) = (optional(&norm.bias), norm.width());
+    let (bias, width) = (norm.bias.as_ref().into(), norm.width());
     norm.launch(
         device,
         &kernel,
@@ -100,7 +100,7 @@ pub fn add_norm(device: &Device, y: &Array, x: &Array, norm: &Norm, out: &Array)
     }
     let wide = wide([norm.width()], [y, x, out].into_iter().chain(norm.arrays()));
     let kernel = format!("add_norm_{}_{}", y.dtype().suffix(), out.dtype().suffix());
-    let (bias, width) = (optional(&norm.bias), norm.width());
+    let (bias, width) = (norm.bias.as_ref().into(), norm.width());
     norm.launch(
         device,
         &kernel,
@@ -131,7 +131,7 @@ pub fn norm_add(device: &Device, y: &Array, post: &Norm, x: &Array) -> Result<()
     }
     let wide = wide([post.width()], [y, x].into_iter().chain(post.arrays()));
     let kernel = format!("norm_add_{}", y.dtype().suffix());
-    let (bias, width) = (optional(&post.bias), post.width());
+    let (bias, width) = (post.bias.as_ref().into(), post.width());
     post.launch(
         device,
         &kernel,
@@ -171,7 +171,7 @@ pub fn norm_add_norm(
     let arrays = [y, x, out].into_iter().chain(post.arrays()).chain(next.arrays());
     let wide = wide([post.width()], arrays);
     let kernel = format!("norm_add_norm_{}_{}", y.dtype().suffix(), out.dtype().suffix());
-    let (post_bias, next_bias) = (optional(&post.bias), optional(&next.bias));
+    let (post_bias, next_bias) = (post.bias.as_ref().into(), next.bias.as_ref().into());
     post.launch(
         device,
         &kernel,
@@ -381,7 +381,7 @@ pub fn scatter_add_rows(
         &[
             from.into(),
             indices.into(),
-            factors.map_or(Arg::U64(0), Arg::from),
+            factors.into(),
             to.into(),
             rows.into(),
             width.into(),
@@ -426,11 +426,6 @@ pub(super) fn long(n: usize) -> Arg<'static> {
     Arg::U64(n as u64)
 }
 
-/// An array's address, or null.
-pub(super) fn optional(array: &Option<Array>) -> Arg<'_> {
-    array.as_ref().map_or(Arg::U64(0), Arg::from)
-}
-
 /// The number that kernels know an activation by.
 pub(super) fn number(act: Activation) -> Arg<'static> {
     Arg::I32(match act {
@@ -447,4 +442,222 @@ fn elementwise(device: &Device, kernel: &str, len: usize, args: &[Arg]) -> Resul
     }
     let blocks = len.div_ceil(PIECE * THREADS).min(MAX_BLOCKS) as u32;
     device.launch(kernel, [blocks, 1, 1], [THREADS as u32, 1, 1], 0, args)
+}
+
+#[cfg(all(test, feature = "emulator"))]
+mod tests {
+    use super::*;
+    use crate::device::testing::{assert_close, devices, read_f32, rounded, upload_as};
+    use crate::kernels::ops as cpu;
+    use crate::kernels::tests::random;
+
+    const FLOATS: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
+    const ACTIVATIONS: [Activation; 3] =
+        [Activation::Silu, Activation::Gelu, Activation::GeluTanh];
+
+    /// How far a value of that type may be from the formula's.
+    fn tolerance(dtype: Dtype) -> f32 {
+        match dtype {
+            Dtype::F32 => 1e-5,
+            Dtype::F16 => 1e-3,
+            _ => 8e-3,
+        }
+    }
+
+    /// The CPU's norm.
+    fn normed(x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
+        let mut out = vec![0.0; x.len()];
+        match bias {
+            None => cpu::rms_norm(x, weight, 1e-5, &mut out),
+            bias => cpu::layer_norm(x, weight, bias, 1e-5, &mut out),
+        }
+        out
+    }
+
+    #[test]
+    fn norms_equal_the_cpus() {
+        let rows = 3;
+        for device in devices() {
+            // Odd, several warps, two pieces a thread.
+            for width in [1, 64, 77, 520, 8 * 1024 + 72] {
+                for (y_dtype, out_dtype) in FLOATS.iter().flat_map(|y| FLOATS.map(|o| (*y, o))) {
+                    for with_bias in [false, true] {
+                        check_norms(&device, [rows, width], y_dtype, out_dtype, with_bias);
+                    }
+                    if width > 1024 {
+                        break;
+                    }
+                }
+            }
+        }
+    }
+
+    fn check_norms(
+        device: &Device,
+        [rows, width]: [usize; 2],
+        y_dtype: Dtype,
+        out_dtype: Dtype,
+        with_bias: bool,
+    ) {
+        let len = rows * width;
+        let y: Vec<f32> = random(len, 1).iter().map(|v| 3.0 * v + 1.0).collect();
+        let (y, x) = (rounded(y_dtype, &y), random(len, 2));
+        let (weights, bias) = (random(2 * width, 3), random(width, 4));
+        let (post_weight, weight) = weights.split_at(width);
+        let bias = with_bias.then_some(&bias[..]);
+        let there = |weight: &[f32]| Norm {
+            weight: device.upload(weight).unwrap(),
+            bias: bias.map(|bias| device.upload(bias).unwrap()),
+            eps: 1e-5,
+        };
+        let (post, next) = (there(post_weight), there(weight));
+        let y_there = upload_as(device, y_dtype, &y);
+        let out = upload_as(device, out_dtype, &vec![7.0; len]);
+        let close = |want: &[f32]| {
+            assert_close(&read_f32(device, &out), &rounded(out_dtype, want), tolerance(out_dtype));
+        };
+
+        norm(device, &y_there, &next, &out).unwrap();
+        close(&normed(&y, weight, bias));
+
+        let sum: Vec<f32> = x.iter().zip(&y).map(|(x, y)| x + y).collect();
+        let x_there = device.upload(&x).unwrap();
+        add_norm(device, &y_there, &x_there, &next, &out).unwrap();
+        assert_eq!(read_f32(device, &x_there), sum);
+        close(&normed(&sum, weight, bias));
+
+        let mut sum = normed(&y, post_weight, bias);
+        sum.iter_mut().zip(&x).for_each(|(sum, x)| *sum += x);
+        for with_next in [false, true] {
+            let x_there = device.upload(&x).unwrap();
+            if with_next {
+                norm_add_norm(device, &y_there, &post, &x_there, &next, &out).unwrap();
+                // The sum's rounding, enlarged by the norm of what may be a short row.
+                if width > 1 {
+                    close(&normed(&read_f32(device, &x_there), weight, bias));
+                }
+            } else {
+                norm_add(device, &y_there, &post, &x_there).unwrap();
+            }
+            assert_close(&read_f32(device, &x_there), &sum, 1e-5);
+        }
+    }
+
+    #[test]
+    fn activations_equal_the_cpus() {
+        let device = Device::emulated();
+        for (dtype, [rows, inner]) in
+            FLOATS.iter().flat_map(|d| [[3, 5], [2, 24], [1, 3000]].map(|s| (*d, s)))
+        {
+            let gate_up: Vec<f32> =
+                random(2 * rows * inner, 1).iter().map(|v| 12.0 * v).collect();
+            let gate_up = rounded(dtype, &gate_up);
+            let half = |first: usize| -> Vec<f32> {
+                gate_up.chunks(inner).skip(first).step_by(2).flatten().copied().collect()
+            };
+            let (gate, up) = (half(0), half(1));
+            for act in ACTIVATIONS {
+                let mut want = vec![0.0; gate.len()];
+                cpu::gated(act, &gate, &up, &mut want);
+                let out = upload_as(&device, dtype, &vec![7.0; want.len()]);
+                let together = upload_as(&device, dtype, &gate_up);
+                gated(&device, act, &together, inner, &out).unwrap();
+                assert_close(&read_f32(&device, &out), &want, tolerance(dtype));
+                let (g, u) = (upload_as(&device, dtype, &gate), upload_as(&device, dtype, &up));
+                gated_pair(&device, act, &g, &u, &out).unwrap();
+                assert_close(&read_f32(&device, &out), &want, tolerance(dtype));
+                let mut want = gate.clone();
+                cpu::activate(act, &mut want);
+                activate(&device, act, &g, &g).unwrap();
+                assert_close(&read_f32(&device, &g), &want, tolerance(dtype));
+            }
+        }
+    }
+
+    #[test]
+    fn elementwise_sums_factors_and_caps_equal_the_formulas() {
+        let device = Device::emulated();
+        for (dtype, [rows, width]) in
+            FLOATS.iter().flat_map(|d| [[3, 5], [2, 24], [1, 5001]].map(|s| (*d, s)))
+        {
+            let len = rows * width;
+            let x: Vec<f32> = random(len, 1).iter().map(|v| 40.0 * v).collect();
+            let (y, bias) = (rounded(dtype, &random(len, 2)), random(width, 3));
+
+            let there = upload_as(&device, dtype, &y);
+            add_bias(&device, &there, &device.upload(&bias).unwrap()).unwrap();
+            let want: Vec<f32> = y.iter().zip(bias.iter().cycle()).map(|(y, b)| y + b).collect();
+            assert_eq!(read_f32(&device, &there), rounded(dtype, &want));
+
+            let there = upload_as(&device, dtype, &y);
+            let sum = device.upload(&x).unwrap();
+            add(&device, &there, &sum).unwrap();
+            let want: Vec<f32> = y.iter().zip(&x).map(|(y, x)| y + x).collect();
+            assert_eq!(read_f32(&device, &sum), want);
+
+            scale(&device, &there, 0.3).unwrap();
+            let want: Vec<f32> = y.iter().map(|y| y * 0.3).collect();
+            assert_eq!(read_f32(&device, &there), rounded(dtype, &want));
+
+            let there = device.upload(&x).unwrap();
+            softcap(&device, &there, 30.0).unwrap();
+            let mut want = x.clone();
+            cpu::softcap(&mut want, 30.0);
+            assert_close(&read_f32(&device, &there), &want, 1e-5);
+
+            for to in FLOATS {
+                let (from, to) = (upload_as(&device, dtype, &y), device.array(to, len).unwrap());
+                convert(&device, &from, &to).unwrap();
+                assert_eq!(read_f32(&device, &to), rounded(to.dtype(), &y));
+            }
+        }
+    }
+
+    #[test]
+    fn rows_are_picked_and_added_where_the_indices_say() {
+        let device = Device::emulated();
+        let indices = [2, -1, 0, 5, 1];
+        let there = device.upload(&indices).unwrap();
+        for (dtype, width) in FLOATS.iter().flat_map(|d| [1, 7, 16, 600].map(|w| (*d, w))) {
+            let from = rounded(dtype, &random(3 * width, 1));
+            let row = |values: &[f32], i: i32| match usize::try_from(i) {
+                Ok(i) if i < 3 => values[i * width..][..width].to_vec(),
+                _ => vec![0.0; width],
+            };
+            let out = upload_as(&device, dtype, &vec![7.0; 5 * width]);
+            gather_rows(&device, &upload_as(&device, dtype, &from), &there, &out).unwrap();
+            let want: Vec<f32> = indices.iter().flat_map(|i| row(&from, *i)).collect();
+            assert_eq!(read_f32(&device, &out), want);
+
+            let (added, before) = (rounded(dtype, &random(5 * width, 2)), random(3 * width, 3));
+            for factors in [None, Some([0.5f32, 1.0, 2.0, 1.0, -1.0])] {
+                let mut want = before.clone();
+                for (i, index) in indices.iter().enumerate().filter(|(_, x)| (0..3).contains(*x)) {
+                    let (factor, row) = (factors.map_or(1.0, |f| f[i]), &added[i * width..][..width]);
+                    let to = &mut want[*index as usize * width..][..width];
+                    to.iter_mut().zip(row).for_each(|(to, x)| *to += factor * x);
+                }
+                let to = device.upload(&before).unwrap();
+                let from = upload_as(&device, dtype, &added);
+                let factors = factors.map(|f| device.upload(&f).unwrap());
+                scatter_add_rows(&device, &from, &there, factors.as_ref(), &to).unwrap();
+                assert_close(&read_f32(&device, &to), &want, 1e-6);
+            }
+        }
+    }
+
+    #[test]
+    fn no_rows_are_no_work() {
+        let device = Device::emulated();
+        let none = device.array(Dtype::F32, 0).unwrap();
+        let indices = device.array(Dtype::I32, 0).unwrap();
+        let some = Norm { weight: device.upload(&[1.0f32; 8]).unwrap(), bias: None, eps: 1e-5 };
+        norm(&device, &none, &some, &none).unwrap();
+        add_norm(&device, &none, &none, &some, &none).unwrap();
+        norm_add_norm(&device, &none, &some, &none, &some, &none).unwrap();
+        gated(&device, Activation::Silu, &none, 4, &none).unwrap();
+        scale(&device, &none, 2.0).unwrap();
+        gather_rows(&device, &some.weight, &indices, &none).unwrap();
+        scatter_add_rows(&device, &none, &indices, None, &some.weight).unwrap();
+    }
 }
