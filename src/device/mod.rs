@@ -13,10 +13,12 @@ pub mod collectives;
 #[cfg(feature = "emulator")]
 pub mod emulator;
 pub mod gemm;
+pub mod linear;
 #[cfg(feature = "nccl")]
 pub mod nccl;
 #[cfg(feature = "cuda")]
 pub mod nvidia;
+pub mod ops;
 #[cfg(all(test, feature = "emulator"))]
 pub mod testing;
 
