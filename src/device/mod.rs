@@ -9,6 +9,7 @@
 //! Left out: several streams, several devices a rank, and memory that host and device share.
 
 pub mod array;
+pub mod attention;
 pub mod collectives;
 #[cfg(feature = "emulator")]
 pub mod emulator;
