@@ -14,6 +14,7 @@ pub mod emulator;
 pub mod gemm;
 #[cfg(feature = "cuda")]
 pub mod nvidia;
+pub mod sampling;
 #[cfg(all(test, feature = "emulator"))]
 pub mod testing;
 

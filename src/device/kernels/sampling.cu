@@ -46,7 +46,8 @@ struct Row {
     unsigned completion, step;
     int slot;     // of its token counts; -1: none
     int allowed;  // its bitmap; -1: none
-    unsigned num_top, unused;
+    unsigned num_top;
+    int histogram;  // its place among the histograms
 };
 
 // What the first two kernels find in a chunk.
@@ -470,7 +471,8 @@ __device__ int draw_in_order(const Row& row, const Logits& logits, int vocab, co
 
 }  // namespace
 
-// Grid: chunks, rows. Maxima and faults of each chunk; clears the row's histogram.
+// Grid: chunks, rows. Maxima and faults of each chunk; clears a filtered row's
+// histogram.
 extern "C" __global__ void __launch_bounds__(CHUNK_THREADS)
     sampling_maxima(const float* logits, int stride, int vocab, const void* rows, const unsigned* counts, const unsigned* allowed,
                     const unsigned* eos, int num_eos, void* partials, unsigned* histograms) {
@@ -479,7 +481,7 @@ extern "C" __global__ void __launch_bounds__(CHUNK_THREADS)
     if ((row.flags & (CHOOSE | SCORE)) == 0) return;
     if (row.flags & FILTER)
         for (int i = chunk * CHUNK_THREADS + threadIdx.x; i < 3 * BINS; i += chunks * CHUNK_THREADS)
-            histograms[static_cast<size_t>(r) * 3 * BINS + i] = 0;
+            histograms[static_cast<size_t>(row.histogram) * 3 * BINS + i] = 0;
     const Logits values = logits_of(row, logits + static_cast<size_t>(r) * stride, vocab, counts, allowed, eos, num_eos);
     Summary s;
     const int end = min((chunk + 1) * CHUNK, vocab);
@@ -563,7 +565,7 @@ extern "C" __global__ void __launch_bounds__(CHUNK_THREADS)
     }
     __syncthreads();
     if (filters) {
-        const Histogram all(histograms + static_cast<size_t>(r) * 3 * BINS, BINS);
+        const Histogram all(histograms + static_cast<size_t>(row.histogram) * 3 * BINS, BINS);
         for (int bin = threadIdx.x; bin < BINS; bin += CHUNK_THREADS)
             if (bins.count[bin] > 0) all.add(bin, bins.mass(bin), bins.count[bin]);
     }
@@ -601,7 +603,7 @@ extern "C" __global__ void __launch_bounds__(1024)
             if (status == OK && !is_greedy && !filters && sum.kept == 0) status = NO_CANDIDATE;
             if (status == OK) {
                 const Logits values = logits_of(row, raw, vocab, counts, allowed, eos, num_eos);
-                const Histogram bins(histograms + static_cast<size_t>(r) * 3 * BINS, BINS);
+                const Histogram bins(histograms + static_cast<size_t>(row.histogram) * 3 * BINS, BINS);
                 outcome.token = is_greedy ? static_cast<unsigned>(sum.best)
                                 : filters ? draw_in_order(row, values, vocab, bins, sum, scratch)
                                           : draw_by_id(row, values, vocab, of_row, sum, scratch);
