@@ -20,6 +20,7 @@ pub mod nccl;
 #[cfg(feature = "cuda")]
 pub mod nvidia;
 pub mod ops;
+pub mod sampling;
 #[cfg(all(test, feature = "emulator"))]
 pub mod testing;
 
