@@ -11,6 +11,7 @@
 pub mod array;
 #[cfg(feature = "emulator")]
 pub mod emulator;
+pub mod experts;
 pub mod gemm;
 pub mod linear;
 #[cfg(feature = "cuda")]
