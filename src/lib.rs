@@ -15,6 +15,7 @@
 pub mod cli;
 pub mod comm;
 pub mod commands;
+pub mod device;
 pub mod engine;
 pub mod error;
 pub mod files;
