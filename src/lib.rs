@@ -6,11 +6,11 @@
 //! [`model::StepBatch`] into logits with the CPU [`kernels`]; [`ledger`] writes
 //! the finished records and puts them in input order at rank 0. [`stage`] brings
 //! the model to every node first, [`comm`] is how ranks talk, [`slurm`] knows the
-//! job, [`stats`] counts. [`train`] fine-tunes: LoRA adapters beside the frozen model.
+//! job, [`stats`] counts. [`device`] is a GPU, or the emulator of one that tests run on. [`train`] fine-tunes: LoRA adapters beside the frozen model.
 //! [`cli`] holds the flags, [`commands`] one story a subcommand.
 //!
 //! Imports run one way: commands → {engine, train, stage, ledger, prompts, stats, slurm}
-//! → model → {kernels, comm} → error.
+//! → model → {kernels, device, comm} → error.
 
 pub mod cli;
 pub mod comm;

@@ -29,7 +29,8 @@ impl Devices {
     pub fn choose(flags: &WeightsArgs, rank: &Rank, topology: &Topology) -> Result<Self> {
         let world = &*topology.world;
         let own = agree(world, on_this_node(flags, topology))?;
-        let chosen = Chosen { rank: world.rank(), host: world.host().to_owned(), choice: own.clone() };
+        let chosen =
+            Chosen { rank: world.rank(), host: world.host().to_owned(), choice: own.clone() };
         let ranks = agree(world, exchange(world, &chosen))?;
         choice::same_kind_in_groups(&ranks, topology.tensor_parallel.size())?;
         let devices = Self { own, ranks };
@@ -177,4 +178,104 @@ where
     let bytes = serde_json::to_vec(value).map_err(Error::fault)?;
     let all = comm.all_gather(&bytes);
     all.iter().map(|bytes| serde_json::from_slice(bytes).map_err(Error::fault)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::ErrorKind;
+    use crate::cli::{Cli, Command, ModelArgs};
+    use crate::comm::LocalComm;
+    use crate::slurm::JobEnv;
+
+    fn flags(words: &[&str]) -> ModelArgs {
+        let base = ["farm", "generate", "--model", "m", "--prompts-file", "p"];
+        let Command::Generate(args) =
+            Cli::try_parse_from(base.iter().chain(words)).unwrap().command
+        else {
+            panic!("generate")
+        };
+        args.model
+    }
+
+    fn chosen(words: &[&str], ranks: usize) -> Vec<Result<Devices>> {
+        let flags = flags(words);
+        LocalComm::run(ranks, |world| {
+            let topology = Topology::new(world.clone(), ranks)?;
+            let rank = Rank { world, job: JobEnv::default(), threads: 1 };
+            Devices::choose(&flags.weights, &rank, &topology)
+        })
+    }
+
+    #[test]
+    fn the_cpu_is_what_is_asked_for_or_what_there_is() {
+        for devices in chosen(&["--device", "cpu"], 2) {
+            let devices = devices.unwrap();
+            assert_eq!(devices.own, Choice::Cpu { reason: None });
+            assert_eq!((devices.kinds(), devices.summary()), ("cpu".into(), "cpu".into()));
+            assert!(!devices.on_device() && devices.open().unwrap().is_none());
+            let weights = flags(&[]).weights;
+            assert_eq!(devices.precision(&weights, Stored::Quantized), None);
+        }
+        #[cfg(not(feature = "cuda"))]
+        assert!(matches!(
+            &chosen(&[], 1)[0].as_ref().unwrap().own,
+            Choice::Cpu { reason: Some(reason) } if reason.contains("without CUDA")
+        ));
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[test]
+    fn a_gpu_that_cannot_be_had_is_one_error_on_all_ranks() {
+        for devices in chosen(&["--device", "cuda"], 3) {
+            let error = devices.err().unwrap();
+            assert_eq!(error.kind, ErrorKind::Usage);
+            assert!(error.message.starts_with("--device cuda: this farm was compiled"), "{error}");
+            assert!(error.message.contains("make cuda"), "{error}");
+        }
+    }
+
+    #[cfg(feature = "emulator")]
+    #[test]
+    fn each_rank_has_an_emulator_of_its_own() {
+        for devices in chosen(&["--device", "emulator"], 2) {
+            let devices = devices.unwrap();
+            assert_eq!(devices.kinds(), "emulator");
+            assert!(devices.summary().starts_with("2 × "), "{}", devices.summary());
+            assert!(devices.on_device() && devices.open().unwrap().is_some());
+            let limits = devices.batch_limits(&flags(&["--max-batch-size", "7"]));
+            assert_eq!(limits, BatchLimits { sequences: 7, ..BatchLimits::ON_DEVICE });
+            let weights = flags(&["--quantize", "q8_0"]).weights;
+            let stored = Stored::Float(Float::F32);
+            assert_eq!(devices.precision(&weights, stored).unwrap().float, Float::Bf16);
+        }
+    }
+
+    fn on(name: &str, leads: bool) -> Chosen {
+        let device = Visible {
+            ordinal: 0,
+            uuid: None,
+            pci_bus_id: None,
+            name: name.into(),
+            compute_capability: (9, 0),
+            memory_bytes: 0,
+            emulated: false,
+        };
+        let choice = Choice::Gpu { device, ranks: 1, leads };
+        Chosen { rank: 0, host: "n1".into(), choice }
+    }
+
+    /// A device that ranks share counts once.
+    #[test]
+    fn devices_are_counted() {
+        let cpu = || Choice::Cpu { reason: None };
+        let mut ranks =
+            vec![on("H200", true), on("H200", false), on("A100", true), on("H200", true)];
+        ranks.push(Chosen { choice: cpu(), ..on("", false) });
+        let devices = Devices { own: cpu(), ranks };
+        assert_eq!(devices.summary(), "2 × H200, A100, cpu");
+        assert_eq!(devices.kinds(), "cpu, cuda");
+    }
 }

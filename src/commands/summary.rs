@@ -3,6 +3,7 @@
 
 use crate::Result;
 use crate::comm::Topology;
+use crate::commands::device::Devices;
 use crate::commands::generate::{Ended, Job};
 use crate::commands::launch::Rank;
 use crate::commands::plan::{RunOwner, RunPlan};
@@ -44,6 +45,8 @@ pub struct Facts<'a> {
     pub rank: &'a Rank,
     /// Its groups.
     pub topology: &'a Topology,
+    /// What the ranks compute on.
+    pub devices: &'a Devices,
     /// The run.
     pub plan: &'a RunPlan,
     /// At rank 0.
@@ -100,7 +103,8 @@ fn rank_stats(facts: &Facts) -> RankStats {
         host: topology.world.host().to_owned(),
         tensor_parallel_group: topology.layout.group(rank),
         tensor_parallel_rank: topology.tensor_parallel.rank(),
-        device: "cpu".to_owned(),
+        device: facts.devices.own.name().to_owned(),
+        device_kind: facts.devices.own.kind().to_owned(),
         kernel_tier: Some(kernels::tier().name().to_owned()),
         threads: facts.rank.threads,
         start_seconds: phases.start_seconds,

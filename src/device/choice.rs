@@ -172,16 +172,20 @@ impl Built {
         Self { capabilities: list.split(',').filter_map(|word| word.trim().parse().ok()).collect() }
     }
 
-    /// Machine code runs on cards of its own major version from its own minor version on.
+    /// Machine code runs on cards of its own major version from its own minor version on; the
+    /// last one's comes with code that the driver translates for any newer card.
     pub fn runs_on(&self, capability: (u32, u32)) -> bool {
         let (major, minor) = capability;
-        self.capabilities.iter().any(|built| built / 10 == major && built % 10 <= minor)
+        let runs = |built: &u32| built / 10 == major && built % 10 <= minor;
+        let translated = |last: &u32| (last / 10, last % 10) <= capability;
+        self.capabilities.iter().any(runs) || self.capabilities.last().is_some_and(translated)
     }
 }
 
 impl fmt::Display for Built {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let words: Vec<String> = self.capabilities.iter().map(u32::to_string).collect();
+        f.write_str(if words.is_empty() { "none" } else { "" })?;
         f.write_str(&words.join(","))
     }
 }
@@ -296,13 +300,16 @@ fn unusable(seen: &Seen, built: &Built) -> Option<Reason> {
     }
     let device = &seen.devices[0];
     let (major, minor) = device.compute_capability;
-    let toolkit = if major == 7 && minor < 5 { " with CUDA 12" } else { "" };
+    // CUDA 13 starts at Turing.
+    let toolkit = if (major, minor) < (7, 5) { " with CUDA 12" } else { "" };
+    let list =
+        Built { capabilities: [vec![major * 10 + minor], built.capabilities.clone()].concat() };
     Some(Reason {
         why: format!(
             "this farm is built for compute capability {built}, and {} has {major}{minor}",
-            device.name
+            device.name,
         ),
-        fix: format!("rebuild it{toolkit}: CUDA_COMPUTE_CAP={major}{minor},{built} make cuda"),
+        fix: format!("rebuild it{toolkit}: CUDA_COMPUTE_CAP={list} make cuda"),
     })
 }
 

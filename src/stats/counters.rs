@@ -18,6 +18,9 @@ pub struct RankStats {
     pub tensor_parallel_rank: usize,
     /// `cpu`, or the device's name.
     pub device: String,
+    /// `cpu` or `cuda`.
+    #[serde(default)]
+    pub device_kind: String,
     /// The CPU kernels in use (`scalar`, `avx2`, …).
     pub kernel_tier: Option<String>,
     /// Threads of its process.
