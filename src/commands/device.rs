@@ -8,6 +8,9 @@ use crate::cli::{self, BatchLimits, ModelArgs, WeightsArgs};
 use crate::comm::{Communicator, Topology, agree};
 use crate::commands::launch::Rank;
 use crate::device::choice::{self, Choice, Chosen, Float, Precision, Seen, Stored, Visible, Wish};
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+use crate::device::nvml::Sampler;
+use crate::device::usage::DeviceUsage;
 use crate::device::{self, Device};
 use crate::stats::format;
 use crate::{Error, Result};
@@ -64,6 +67,24 @@ impl Devices {
             Choice::Cpu { .. } => 1,
             Choice::Gpu { ranks, .. } => ranks,
         }
+    }
+
+    /// All memory of this rank's device; `None` on a CPU.
+    pub fn memory_bytes(&self) -> Option<u64> {
+        match &self.own {
+            Choice::Cpu { .. } => None,
+            Choice::Gpu { device, .. } => Some(device.memory_bytes),
+        }
+    }
+
+    /// Whether another rank counts what this one's device does.
+    pub fn is_counted_elsewhere(&self) -> bool {
+        matches!(self.own, Choice::Gpu { leads: false, .. })
+    }
+
+    /// Starts to watch this rank's device; of ranks that share one the first watches.
+    pub fn watch(&self) -> Watch {
+        Watch::start(&self.own)
     }
 
     /// How much this rank takes at once: by the flags, else by what it computes on.
@@ -137,6 +158,42 @@ impl Devices {
     }
 }
 
+/// The counters of a rank's device while it works; nothing where there are none.
+pub struct Watch {
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
+    sampler: Option<Sampler>,
+}
+
+impl Watch {
+    /// Of a device that has counters and that no other rank watches.
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
+    fn start(choice: &Choice) -> Self {
+        let Choice::Gpu { device, leads: true, .. } = choice else { return Self { sampler: None } };
+        if device.emulated {
+            return Self { sampler: None };
+        }
+        let started = Sampler::start(device, None).inspect_err(|reason| {
+            tracing::info!("the counters of {} are unavailable: {reason}", device.name);
+        });
+        Self { sampler: started.ok() }
+    }
+
+    /// There is no device.
+    #[cfg(not(any(feature = "cuda", feature = "emulator")))]
+    fn start(_: &Choice) -> Self {
+        Self {}
+    }
+
+    /// Ends the watch.
+    pub fn finish(self) -> DeviceUsage {
+        #[cfg(any(feature = "cuda", feature = "emulator"))]
+        if let Some(sampler) = self.sampler {
+            return sampler.finish();
+        }
+        DeviceUsage::default()
+    }
+}
+
 fn on_this_node(flags: &WeightsArgs, topology: &Topology) -> Result<Choice> {
     let (world, node) = (&*topology.world, &*topology.node);
     let wish = match flags.device {
@@ -185,7 +242,6 @@ mod tests {
     use clap::Parser;
 
     use super::*;
-    use crate::ErrorKind;
     use crate::cli::{Cli, Command, ModelArgs};
     use crate::comm::LocalComm;
     use crate::slurm::JobEnv;
@@ -231,7 +287,7 @@ mod tests {
     fn a_gpu_that_cannot_be_had_is_one_error_on_all_ranks() {
         for devices in chosen(&["--device", "cuda"], 3) {
             let error = devices.err().unwrap();
-            assert_eq!(error.kind, ErrorKind::Usage);
+            assert_eq!(error.kind, crate::ErrorKind::Usage);
             assert!(error.message.starts_with("--device cuda: this farm was compiled"), "{error}");
             assert!(error.message.contains("make cuda"), "{error}");
         }

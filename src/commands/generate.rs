@@ -20,6 +20,7 @@ use crate::commands::records::Records;
 use crate::commands::signals::StopSignal;
 use crate::commands::summary::{self, Phases};
 use crate::commands::work::{Metered, Worker, progress_state};
+use crate::device::usage::DeviceUsage;
 use crate::engine::{Engine, EngineConfig, Mode};
 use crate::error::{EXIT_SOME_RECORDS_FAILED, say};
 use crate::ledger::claims::ClaimsConfig;
@@ -219,9 +220,12 @@ impl Job {
             oom,
             start,
         };
+        let watch = devices.watch();
         let outcome = run.work(loaded, owner.as_mut(), &mut meter, &mut events);
+        let usage = watch.finish();
         // Statistics are written also after a failure; its error counts more than theirs.
-        let closed = run.close(rank, owner.as_ref(), &staged, &phases, meter, events, &outcome);
+        let closed =
+            run.close(rank, owner.as_ref(), &staged, &phases, usage, meter, events, &outcome);
         staged.finish(topology);
         // A fault on any rank counts more than that the run stopped for it.
         let ended = agree(world, outcome.and_then(|ended| closed.map(|()| ended)))?;
@@ -590,6 +594,7 @@ impl Run<'_> {
         owner: Option<&RunOwner>,
         staged: &Staged,
         phases: &Phases,
+        usage: DeviceUsage,
         meter: Meter,
         events: EventLog,
         outcome: &Result<Ended>,
@@ -603,6 +608,7 @@ impl Run<'_> {
             owner,
             staged,
             phases,
+            usage,
             ended: outcome.as_ref().ok().copied().unwrap_or_default(),
             total_seconds: self.start.elapsed().as_secs_f64(),
         };

@@ -15,8 +15,11 @@ pub mod emulator;
 pub mod gemm;
 #[cfg(feature = "cuda")]
 pub mod nvidia;
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+pub mod nvml;
 #[cfg(all(test, feature = "emulator"))]
 pub mod testing;
+pub mod usage;
 
 use std::sync::Arc;
 
@@ -394,10 +397,7 @@ impl Graph {
 /// Why there can be none. (A driver that shows none is an empty list.)
 #[cfg(feature = "cuda")]
 pub fn visible() -> Result<Vec<Visible>, NoDevice> {
-    let cards = nvidia::cards().map_err(|error| NoDevice::Failed(error.message))?;
-    let absent = || NoDevice::NoDriver("libcuda.so.1 cannot be loaded".into());
-    let cards = cards.ok_or_else(absent)?.into_iter().enumerate();
-    Ok(cards.map(|(ordinal, card)| card.visible(ordinal)).collect())
+    nvidia::cards()
 }
 
 /// The GPUs that the driver shows to this process.

@@ -37,7 +37,7 @@ impl Sampler {
             builder.lib_path(library);
         }
         let nvml = builder.init().map_err(|error| error.to_string())?;
-        find(&nvml, device).map_err(|error| error.to_string())?;
+        find(&nvml, device).map_err(|error| format!("NVML does not find the device: {error}"))?;
         let (stop, stopped) = channel();
         let device = device.clone();
         let watch = move || watch(&nvml, &device, &stopped);
@@ -176,6 +176,6 @@ mod tests {
         assert!(watched(&absent, &card("GPU-one", "")).is_err());
         let Some(library) = library(folder.path(), &[]) else { return };
         let slice = Visible { name: "H200 MIG 1g.18gb".into(), ..card("MIG-x", "0000:17:00.0") };
-        assert!(watched(&library, &slice).unwrap_err().contains("not found"));
+        assert!(watched(&library, &slice).unwrap_err().contains("does not find"));
     }
 }

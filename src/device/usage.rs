@@ -139,10 +139,15 @@ mod tests {
 
     #[test]
     fn energy_is_the_counters_where_there_is_one() {
-        let counted = usage(&[at(0.0, Some(100.0), Some(5e6)), at(2.0, Some(100.0), Some(5e6 + 600.0))]);
+        let counted =
+            usage(&[at(0.0, Some(100.0), Some(5e6)), at(2.0, Some(100.0), Some(5e6 + 600.0))]);
         assert_eq!((counted.joules, counted.watts_mean), (Some(600.0), Some(300.0)));
         assert_eq!(counted.watts_max, Some(100.0));
-        let power = usage(&[at(0.0, Some(100.0), None), at(1.0, Some(300.0), None), at(3.0, Some(300.0), None)]);
+        let power = usage(&[
+            at(0.0, Some(100.0), None),
+            at(1.0, Some(300.0), None),
+            at(3.0, Some(300.0), None),
+        ]);
         assert_eq!((power.joules, power.watts_mean), (Some(800.0), Some(800.0 / 3.0)));
         let reloaded = usage(&[at(0.0, Some(50.0), Some(9e6)), at(2.0, Some(50.0), Some(1.0))]);
         assert_eq!(reloaded.joules, Some(100.0));
