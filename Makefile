@@ -16,8 +16,9 @@ CARGO ?= cargo
 FEATURE_FLAGS := $(if $(FEATURES),--features $(FEATURES))
 RELEASE := $(or $(CARGO_TARGET_DIR),target)/release/farm
 
-# The device's kernels run on the CPU in tests, where there is a C++ compiler to build them.
-TEST_FEATURES := $(if $(shell command -v c++),--features emulator)
+# Kernels for GPUs run on the CPU in tests, where there is a C++ compiler to build them. Looked for when it is needed:
+# deps.sh may have installed one.
+EMULATOR = $$(command -v c++ > /dev/null && echo emulator)
 
 .PHONY: help build cuda demo demo-finetune test kills bench install fmt lint doc clean
 .DEFAULT_GOAL := help
@@ -41,7 +42,7 @@ demo-finetune: build ## the small model learns a new task on two ranks, in minut
 
 test: ## every test: unit, the GPU's kernels on the CPU, MPI by mpirun, a Slurm cluster of this machine's own
 	@.ci/deps.sh build test
-	$(CARGO) test --locked $(TEST_FEATURES)
+	$(CARGO) test --locked --features "$(EMULATOR)"
 
 kills: build ## the long tests of runs that are killed: thirty kills, short time limits (some ten minutes)
 	@.ci/deps.sh test
@@ -59,13 +60,13 @@ fmt: ## format the sources
 	$(CARGO) fmt --all
 
 lint: ## clippy, warnings are errors: without and with the code for GPUs (which needs no toolkit for that)
-	@.ci/deps.sh build test
+	@.ci/deps.sh build
 	$(CARGO) clippy --locked --all-targets -- -D warnings
-	FARM_CUDA_CHECK=1 $(CARGO) clippy --locked --all-targets --features cuda,nccl,emulator -- -D warnings
+	FARM_CUDA_CHECK=1 $(CARGO) clippy --locked --all-targets --features "cuda nccl $(EMULATOR)" -- -D warnings
 
 doc: ## the API documentation, warnings are errors
 	@.ci/deps.sh build
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps
+	RUSTDOCFLAGS="-D warnings" FARM_CUDA_CHECK=1 $(CARGO) doc --locked --no-deps --features "cuda nccl $(EMULATOR)"
 
 clean: ## remove what was built
 	$(CARGO) clean

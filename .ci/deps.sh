@@ -34,7 +34,7 @@ have_libclang() {
 }
 
 missing_for_test() {
-    have c++ || have g++ || echo g++
+    have c++ || echo g++
     have slurmctld || echo slurmctld
     have slurmd || echo slurmd slurm-wlm-basic-plugins
     have srun || echo slurm-client
