@@ -309,7 +309,8 @@ fn warn_of_other_floats(claims: &mut Claims, launch: &ledger::Launch) -> Result<
     let owners = claims.owners(0.0)?.into_iter();
     let launches: Vec<ledger::Launch> =
         owners.filter_map(|seen| serde_json::from_value(seen.file.owner.facts).ok()).collect();
-    let facts: [(&str, fn(&ledger::Launch) -> &str); 2] = [
+    type Fact = fn(&ledger::Launch) -> &str;
+    let facts: [(&str, Fact); 2] = [
         ("farm's version", |launch| &launch.farm_version),
         ("computed on", |launch| &launch.device_kinds),
     ];
