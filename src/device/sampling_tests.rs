@@ -267,7 +267,8 @@ fn equal_logits_are_drawn_in_order_of_their_ids() {
         on_device(&device, &cases, &[], 0).iter().map(|c| token_of(c).unwrap()).collect();
     for (case, token) in cases.iter().zip(tokens) {
         let draw = rng::uniform(1, case.draw.record_index, 0, 0);
-        assert_eq!(token, (draw * 0.6 * 9000.0) as u32);
+        // 0.6 as an f32 is a little more, so one token more is kept than 0.6 of them.
+        assert_eq!(token, (draw * 5401.0) as u32);
     }
 }
 
