@@ -232,12 +232,7 @@ impl RowChooser {
     }
 
     /// The best tokens of each row, pairs of id and logit, where any row asks for them.
-    fn best_tokens(
-        &self,
-        logits: &Array,
-        stride: usize,
-        rows: &[RowSampling],
-    ) -> Result<Vec<u32>> {
+    fn best_tokens(&self, logits: &Array, stride: usize, rows: &[RowSampling]) -> Result<Vec<u32>> {
         if !rows.iter().any(|row| num_top(row) > 0) {
             return Ok(vec![0; rows.len() * 2 * MAX_TOP_LOGPROBS]);
         }

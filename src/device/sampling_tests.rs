@@ -95,7 +95,11 @@ fn near_misses(device: &Device, cases: &[Case], eos: &[u32], padding: usize) -> 
         if got != case.on_host(eos, 0.0) {
             let near = [-1e-6, 1e-6].map(|shift| case.on_host(eos, shift));
             let Case { params, row, draw, .. } = case;
-            assert!(near.contains(&got), "{got:?}, not {near:?}: {params:?} {draw:?} {}", row.len());
+            assert!(
+                near.contains(&got),
+                "{got:?}, not {near:?}: {params:?} {draw:?} {}",
+                row.len()
+            );
             misses += 1;
         }
         let logprobs = match choice {
@@ -162,42 +166,50 @@ fn any_params() -> impl Strategy<Value = SamplingParams> {
         8 => 0.1f32..2.0,
         1 => prop_oneof![Just(1e-40f32), Just(1e30f32)],
     ];
-    let top_k = prop_oneof![3 => Just(0usize), 1 => Just(1usize), 4 => 1usize..60, 2 => 1usize..3000];
-    let top_p = prop_oneof![3 => Just(1.0f32), 4 => 0.01f32..1.0, 1 => Just(0.5f32), 1 => Just(1e-9f32)];
+    let top_k =
+        prop_oneof![3 => Just(0usize), 1 => Just(1usize), 4 => 1usize..60, 2 => 1usize..3000];
+    let top_p =
+        prop_oneof![3 => Just(1.0f32), 4 => 0.01f32..1.0, 1 => Just(0.5f32), 1 => Just(1e-9f32)];
     let min_p = prop_oneof![3 => Just(0.0f32), 1 => 0.001f32..0.5];
     (
         (temperature, top_k, top_p, min_p),
         (prop_oneof![Just(1.0f32), 0.7f32..1.5], prop_oneof![Just(0.0f32), -0.5f32..0.9]),
         (any::<u64>(), any::<bool>(), prop::option::of(0usize..7)),
     )
-        .prop_map(|((temperature, top_k, top_p, min_p), (repetition_penalty, penalty), rest)| {
-            let (seed, ignore_eos, logprobs) = rest;
-            SamplingParams {
-                temperature,
-                top_k,
-                top_p,
-                min_p,
-                repetition_penalty,
-                presence_penalty: penalty,
-                frequency_penalty: penalty * 0.5,
-                seed,
-                ignore_eos,
-                logprobs,
-                ..Default::default()
-            }
-        })
+        .prop_map(
+            |((temperature, top_k, top_p, min_p), (repetition_penalty, penalty), rest)| {
+                let (seed, ignore_eos, logprobs) = rest;
+                SamplingParams {
+                    temperature,
+                    top_k,
+                    top_p,
+                    min_p,
+                    repetition_penalty,
+                    presence_penalty: penalty,
+                    frequency_penalty: penalty * 0.5,
+                    seed,
+                    ignore_eos,
+                    logprobs,
+                    ..Default::default()
+                }
+            },
+        )
 }
 
-fn any_cases(vocab_sizes: impl Strategy<Value = usize>, max: usize) -> impl Strategy<Value = Vec<Case>> {
+fn any_cases(
+    vocab_sizes: impl Strategy<Value = usize>,
+    max: usize,
+) -> impl Strategy<Value = Vec<Case>> {
     vocab_sizes.prop_flat_map(move |vocab_size| {
         let history = prop::collection::vec(0..vocab_size as u32, 1..40);
         let words = prop::collection::vec(any::<u32>(), 0..=vocab_size.div_ceil(32) + 1);
         let draw = (any::<u64>(), 0u32..16, any::<u32>());
-        let case = (any_row(vocab_size), any_params(), history, prop::option::weighted(0.2, words), draw)
-            .prop_map(|(row, params, history, allowed, (record_index, completion, step))| {
-                let draw = Draw { seed: params.seed, record_index, completion, step };
-                Case { row, params, history, allowed, draw }
-            });
+        let case =
+            (any_row(vocab_size), any_params(), history, prop::option::weighted(0.2, words), draw)
+                .prop_map(|(row, params, history, allowed, (record_index, completion, step))| {
+                    let draw = Draw { seed: params.seed, record_index, completion, step };
+                    Case { row, params, history, allowed, draw }
+                });
         prop::collection::vec(case, 1..max)
     })
 }
@@ -284,7 +296,10 @@ fn a_row_gives_the_same_whatever_is_beside_it() {
         ..Default::default()
     };
     let cases: Vec<Case> = (0..24)
-        .map(|i| Case { history: vec![3, i as u32], ..Case::new(bell(5000, 3.0, i as u64), sampling(i)) })
+        .map(|i| Case {
+            history: vec![3, i as u32],
+            ..Case::new(bell(5000, 3.0, i as u64), sampling(i))
+        })
         .collect();
     let together = on_device(&device, &cases, &[], 3);
     for (case, choice) in cases.iter().zip(together) {
@@ -375,7 +390,8 @@ fn token_counts_are_those_of_the_history() {
         let mut chooser = RowChooser::new(&device, vocab_size).unwrap();
         let mut histories: Vec<Vec<u32>> = (0..9).map(|i| vec![i, 5, 5]).collect();
         for step in 0..60usize {
-            let in_step: Vec<usize> = (0..9).filter(|i| (step * 7 + i * 5) % 9 < 1 + step % 7).collect();
+            let in_step: Vec<usize> =
+                (0..9).filter(|i| (step * 7 + i * 5) % 9 < 1 + step % 7).collect();
             if step % 10 == 9 {
                 histories[step % 9] = vec![step as u32 % 40; 3];
             }

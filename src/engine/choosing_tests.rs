@@ -36,8 +36,7 @@ fn choose_on_host(
     let counts = TokenCounts::for_params(&params, penalties.map_or(&[], |p| p.history));
     let draw = wanted.draw;
     let uniform = rng::uniform(draw.seed, draw.record_index, draw.completion, draw.step);
-    let token =
-        choose(row, &params, counts.as_ref(), wanted.allowed, eos, uniform, &mut scratch)?;
+    let token = choose(row, &params, counts.as_ref(), wanted.allowed, eos, uniform, &mut scratch)?;
     let report = |num_top| token_logprob(row, token, num_top, &mut scratch);
     let report = wanted.logprobs.map(report).transpose()?;
     let logprobs = report.map(|report| Logprobs { chosen: report.logprob, top: report.top });
@@ -261,9 +260,10 @@ fn a_device_that_chooses_gives_what_the_engine_gives() {
     use proptest::strategy::ValueTree;
     use proptest::test_runner::{TestRng, TestRunner};
 
-    let mut runner = TestRunner::new_with_rng(config(1), TestRng::deterministic_rng(
-        proptest::test_runner::RngAlgorithm::ChaCha,
-    ));
+    let mut runner = TestRunner::new_with_rng(
+        config(1),
+        TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha),
+    );
     let mut preemptions = 0;
     for (round, device) in crate::device::testing::devices().into_iter().enumerate() {
         let requests: Vec<EngineRequest> = (0..24)
@@ -289,11 +289,8 @@ fn a_device_that_chooses_gives_what_the_engine_gives() {
 /// Equal but for the last digits of log-probabilities.
 #[cfg(feature = "emulator")]
 fn assert_close(got: &EngineOutput, want: &EngineOutput) {
-    let plain = |output: &EngineOutput| EngineOutput {
-        logprobs: None,
-        score: None,
-        ..output.clone()
-    };
+    let plain =
+        |output: &EngineOutput| EngineOutput { logprobs: None, score: None, ..output.clone() };
     assert_eq!(plain(got), plain(want));
     let scores = |output: &EngineOutput| {
         output.score.iter().flat_map(|score| score.token_logprobs.clone()).collect::<Vec<_>>()

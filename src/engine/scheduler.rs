@@ -113,7 +113,14 @@ impl Scheduler {
             max_batched_tokens: config.max_batched_tokens.max(max_batch_size),
             max_scored_rows: config.max_scored_rows.max(1),
         };
-        Self { config, blocks, waiting: VecDeque::new(), running: Vec::new(), preemptions: 0, taken: 0 }
+        Self {
+            config,
+            blocks,
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            preemptions: 0,
+            taken: 0,
+        }
     }
 
     /// Queues an unfinished sequence. It must fit the KV cache when alone: the
