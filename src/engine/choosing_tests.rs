@@ -4,7 +4,7 @@
 use super::*;
 use crate::Result;
 use crate::model::{
-    Logits, LogitsError, Logprobs, RowChoice, RowChoices, RowSampling, Runner, StepBatch,
+    Logits, LogitsError, Logprobs, RowChoice, RowChoices, RowSampling, StepBatch,
 };
 
 /// A choice by the engine's own functions, from nothing but what the runner is told.
@@ -50,7 +50,7 @@ enum Chooser {
     Device(crate::device::Device, Box<crate::device::sampling::RowChooser>),
 }
 
-struct Choosing {
+pub struct Choosing {
     fake: FakeRunner,
     chooser: Chooser,
     /// Numbers of the sequences with penalties, and the longest history of each.
@@ -58,12 +58,12 @@ struct Choosing {
 }
 
 impl Choosing {
-    fn new(fake: FakeRunner) -> Self {
+    pub fn new(fake: FakeRunner) -> Self {
         Self { fake, chooser: Chooser::Host, histories: BTreeMap::new() }
     }
 
     #[cfg(feature = "emulator")]
-    fn on_device(fake: FakeRunner, device: &crate::device::Device) -> Self {
+    pub fn on_device(fake: FakeRunner, device: &crate::device::Device) -> Self {
         let chooser = crate::device::sampling::RowChooser::new(device, fake.vocab_size).unwrap();
         let chooser = Chooser::Device(device.clone(), Box::new(chooser));
         Self { fake, chooser, histories: BTreeMap::new() }
@@ -197,10 +197,7 @@ fn a_row_with_more_logprobs_than_a_runner_reports_comes_to_the_host() {
     let mut engine = choosing_engine(runner, 4, 16);
     engine.add(many.clone());
     engine.add(few.clone());
-    let mut outputs = BTreeMap::new();
-    while engine.has_work() {
-        outputs.extend(engine.step().unwrap().finished.into_iter().map(|o| (o.key, o)));
-    }
+    let outputs = run_to_end(&mut engine);
     for request in [many, few] {
         assert_eq!(outputs[&request.key], reference(&request));
     }
@@ -288,7 +285,7 @@ fn a_device_that_chooses_gives_what_the_engine_gives() {
 
 /// Equal but for the last digits of log-probabilities.
 #[cfg(feature = "emulator")]
-fn assert_close(got: &EngineOutput, want: &EngineOutput) {
+pub fn assert_close(got: &EngineOutput, want: &EngineOutput) {
     let plain =
         |output: &EngineOutput| EngineOutput { logprobs: None, score: None, ..output.clone() };
     assert_eq!(plain(got), plain(want));
