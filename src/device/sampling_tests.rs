@@ -217,16 +217,14 @@ fn any_cases(
 proptest! {
     #![proptest_config(crate::engine::tests::config(48))]
 
-    /// The same tokens as on the host, for several thousand rows in all, in every thread order.
+    /// The same tokens as on the host, for some thousand rows, in each order of threads.
     #[test]
     fn tokens_are_those_of_the_host(
         cases in any_cases(prop_oneof![Just(13usize), 1usize..300, 300usize..6000], 60),
         padding in 0usize..5,
+        order in 0usize..3,
     ) {
-        let mut misses = 0;
-        for device in devices() {
-            misses += near_misses(&device, &cases, &[3, 12, 99_999], padding);
-        }
+        let misses = near_misses(&devices()[order], &cases, &[3, 12, 99_999], padding);
         prop_assert_eq!(misses, 0, "draws at the edge between two tokens");
     }
 }

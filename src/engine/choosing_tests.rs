@@ -3,9 +3,7 @@
 
 use super::*;
 use crate::Result;
-use crate::model::{
-    Logits, LogitsError, Logprobs, RowChoice, RowChoices, RowSampling, StepBatch,
-};
+use crate::model::{Logits, LogitsError, Logprobs, RowChoice, RowChoices, RowSampling, StepBatch};
 
 /// A choice by the engine's own functions, from nothing but what the runner is told.
 fn choose_on_host(

@@ -3,10 +3,10 @@
 
 use serde_json::Value;
 
-use super::guide::testing::{EOS, VOCAB_SIZE, Words, schema, schemas, words};
 use super::choosing::Choosing;
 #[cfg(feature = "emulator")]
 use super::choosing::assert_close;
+use super::guide::testing::{EOS, VOCAB_SIZE, Words, schema, schemas, words};
 use super::*;
 
 /// The longest sequence.
@@ -21,7 +21,9 @@ fn engine(
 }
 
 fn runner(num_blocks: usize) -> FakeRunner {
-    FakeRunner { vocab_size: VOCAB_SIZE, ..FakeRunner::new(num_blocks, 8, CONTEXT) }
+    let mut runner = FakeRunner::new(num_blocks, 8, CONTEXT);
+    runner.vocab_size = VOCAB_SIZE;
+    runner
 }
 
 fn engine_over<R: Runner>(
