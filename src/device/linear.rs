@@ -23,8 +23,8 @@ const MAX_MATVEC: usize = 4;
 /// The same for quantized weights, where the other way reads and writes all values more.
 const MAX_QUANT_MATVEC: usize = 8;
 /// Rows of weights of a warp, and warps of a block: ROWS and WARPS of kernels/matvec.cuh.
-const MATVEC_ROWS: usize = 2;
-const MATVEC_WARPS: usize = 8;
+pub(super) const MATVEC_ROWS: usize = 2;
+pub(super) const MATVEC_WARPS: usize = 8;
 /// Warps that a matrix should give work: 16 on each of a large card's multiprocessors.
 const WANTED_WARPS: usize = 2048;
 /// Values of a row that a warp should have, so that its sums are not most of its work.
