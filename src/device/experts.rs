@@ -163,7 +163,9 @@ impl Experts {
         scratch: &Scratch,
     ) -> Result<()> {
         let m = rows_of(scores, self.routing.num_experts);
-        assert!(m <= scratch.max_rows && x.len() == out.len() && x.dtype() == scratch.inner.dtype());
+        assert!(
+            m <= scratch.max_rows && x.len() == out.len() && x.dtype() == scratch.inner.dtype()
+        );
         assert!(scores.dtype() == Dtype::F32 && out.dtype() == Dtype::F32);
         if m == 0 {
             return Ok(());
@@ -313,7 +315,8 @@ impl Experts {
             let count = usize::try_from(count).expect("a count");
             if count > 0 {
                 let list = i * scratch.max_rows..i * scratch.max_rows + count;
-                let (rows, factors) = (scratch.rows.slice(list.clone()), scratch.factors.slice(list));
+                let (rows, factors) =
+                    (scratch.rows.slice(list.clone()), scratch.factors.slice(list));
                 self.pass(device, expert, (x, &rows), scratch)?;
                 let y = scratch.y.first(count * expert.down.rows());
                 ops::scatter_add_rows(device, &y, &rows, Some(&factors), out)?;
@@ -435,7 +438,8 @@ mod tests {
         let all: Vec<Expert> =
             mine.clone().map(|number| expert(device, dtype, quantized, number)).collect();
         let matrices = all.iter().map(|e| e.matrices.clone()).collect();
-        let experts = Experts::new(device, mine.clone(), matrices, routing, Activation::Silu).unwrap();
+        let experts =
+            Experts::new(device, mine.clone(), matrices, routing, Activation::Silu).unwrap();
         let scratch = experts.scratch(device, 70, dtype).unwrap();
         // Beyond DIRECT_ROWS the host takes part.
         for m in [1, 2, 9, 70] {
@@ -468,7 +472,8 @@ mod tests {
     #[test]
     fn equal_the_formula_with_few_rows_and_with_many() {
         for (i, device) in devices().iter().enumerate() {
-            for (per_token, norm_topk_prob) in [(1, true), (2, true), (3, false), (EXPERTS, false)] {
+            for (per_token, norm_topk_prob) in [(1, true), (2, true), (3, false), (EXPERTS, false)]
+            {
                 let routing = Routing { num_experts: EXPERTS, per_token, norm_topk_prob };
                 check(device, Dtype::F32, false, 0..EXPERTS, routing);
                 let dtype = [Dtype::F16, Dtype::Bf16][i % 2];
@@ -510,7 +515,8 @@ mod tests {
             device.write(&scores, &values).unwrap();
             graph.replay().unwrap();
             for (row, got) in read_f32(&device, &out).chunks(HIDDEN).enumerate() {
-                let (scores, x) = (&values[row * EXPERTS..][..EXPERTS], &x[row * HIDDEN..][..HIDDEN]);
+                let (scores, x) =
+                    (&values[row * EXPERTS..][..EXPERTS], &x[row * HIDDEN..][..HIDDEN]);
                 let want = reference(scores, x, &all, &(0..EXPERTS), routing);
                 assert_close(got, &want, 1e-4);
             }
