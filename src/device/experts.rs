@@ -108,6 +108,12 @@ impl Experts {
         Ok(Self { mine, experts, routing, act, table: table.transpose()? })
     }
 
+    /// Bytes of the matrices.
+    pub fn bytes(&self) -> usize {
+        let matrices = self.experts.iter().flat_map(|e| [&e.gate, &e.up, &e.down]);
+        matrices.map(Matrix::bytes).sum()
+    }
+
     /// Whether `m` rows of `dtype` need nothing from the host, so that they can be recorded.
     pub fn is_direct(&self, dtype: Dtype, m: usize) -> bool {
         let Some(first) = self.experts.first() else { return true };
