@@ -109,6 +109,18 @@ pub(super) enum Values {
     },
 }
 
+/// A matrix's values as they are stored, row-major.
+pub enum Stored<'a> {
+    /// 32-bit floats.
+    F32(&'a [f32]),
+    /// bfloat16.
+    Bf16(&'a [bf16]),
+    /// IEEE halves.
+    F16(&'a [f16]),
+    /// ggml's blocks.
+    Quant(QuantMatrix<'a>),
+}
+
 /// Rows that are quantized together.
 const ROWS_AT_ONCE: usize = 256;
 
@@ -179,6 +191,18 @@ impl Weight {
             Values::Quant { blocks, .. } => matches!(blocks, Store::Mapped { .. }),
         };
         if mapped { 0 } else { self.bytes() }
+    }
+
+    /// The values, for a copy elsewhere.
+    pub fn stored(&self) -> Stored<'_> {
+        match &self.values {
+            Values::F32(s) => Stored::F32(s.as_slice()),
+            Values::Bf16(s) => Stored::Bf16(s.as_slice()),
+            Values::F16(s) => Stored::F16(s.as_slice()),
+            Values::Quant { quant, skip, stride, blocks } => {
+                Stored::Quant(self.blocks(*quant, *skip, *stride, blocks))
+            }
+        }
     }
 
     /// `out[m, rows] = x[m, cols] · selfᵀ + bias`.
