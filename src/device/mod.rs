@@ -16,6 +16,7 @@ pub mod gemm;
 pub mod nvidia;
 #[cfg(all(test, feature = "emulator"))]
 pub mod testing;
+pub mod train;
 
 use std::sync::Arc;
 
