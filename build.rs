@@ -36,7 +36,7 @@ fn sources() -> Vec<PathBuf> {
 /// Writes `kernels.rs`: the compute capabilities, and a fat binary a file.
 fn for_devices() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    let mut list = String::from("pub const MODULES: &[&[u8]] = &[\n");
+    let mut list = String::from("/// A fat binary a file.\npub const MODULES: &[&[u8]] = &[\n");
     let mut built_for = String::new();
     if env::var_os("FARM_CUDA_CHECK").is_none_or(|value| value != "1") {
         let nvcc = nvcc();
@@ -52,7 +52,9 @@ fn for_devices() {
             list += &format!("    include_bytes!({file:?}),\n");
         }
     }
-    list += &format!("];\npub const BUILT_FOR: &str = {built_for:?};\n");
+    list += &format!(
+        "];\n/// Compute capabilities, with commas.\npub const BUILT_FOR: &str = {built_for:?};\n"
+    );
     fs::write(out.join("kernels.rs"), list).expect("OUT_DIR can be written");
 }
 

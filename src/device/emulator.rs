@@ -64,7 +64,8 @@ pub fn open(order: ThreadOrder) -> Device {
         shared_bytes_a_block: 227 << 10,
         emulated: true,
     };
-    let state = Arc::new(State { order, used_bytes: AtomicU64::new(0), recording: Mutex::new(None) });
+    let state =
+        Arc::new(State { order, used_bytes: AtomicU64::new(0), recording: Mutex::new(None) });
     Device::new(Arc::new(Emulator { properties, state }))
 }
 
@@ -82,10 +83,23 @@ struct State {
 /// What can be recorded.
 #[derive(Clone)]
 enum Work {
-    Launch { kernel: String, grid: [u32; 3], block: [u32; 3], shared_bytes: usize, arguments: Vec<u64> },
+    Launch {
+        kernel: String,
+        grid: [u32; 3],
+        block: [u32; 3],
+        shared_bytes: usize,
+        arguments: Vec<u64>,
+    },
     Gemm(Call),
-    Copy { from: u64, to: u64, bytes: usize },
-    Zero { to: u64, bytes: usize },
+    Copy {
+        from: u64,
+        to: u64,
+        bytes: usize,
+    },
+    Zero {
+        to: u64,
+        bytes: usize,
+    },
 }
 
 struct Recorded {
@@ -293,7 +307,13 @@ fn multiply(call: &Call) {
 }
 
 /// The matrix `[rows, cols]` in f32; `across`: it is stored the other way round.
-fn operand(call: &Call, at: u64, stride: usize, across: bool, [rows, cols]: [usize; 2]) -> Vec<f32> {
+fn operand(
+    call: &Call,
+    at: u64,
+    stride: usize,
+    across: bool,
+    [rows, cols]: [usize; 2],
+) -> Vec<f32> {
     let mut values = Vec::with_capacity(rows * cols);
     for row in 0..rows {
         for col in 0..cols {

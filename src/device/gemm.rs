@@ -55,12 +55,7 @@ pub(crate) struct Call {
 
 impl<'a> Gemm<'a> {
     /// `out[m, n] = x[m, k] · wᵀ`, with `w` stored `[n, k]`, all contiguous.
-    pub fn linear(
-        x: &'a Array,
-        w: &'a Array,
-        out: &'a Array,
-        [m, n, k]: [usize; 3],
-    ) -> Gemm<'a> {
+    pub fn linear(x: &'a Array, w: &'a Array, out: &'a Array, [m, n, k]: [usize; 3]) -> Gemm<'a> {
         Gemm {
             a: x,
             a_stride: k,

@@ -14,9 +14,7 @@ pub fn devices() -> Vec<Device> {
 /// The values, rounded to `dtype`.
 pub fn upload_as(device: &Device, dtype: Dtype, values: &[f32]) -> Array {
     match dtype {
-        Dtype::F16 => {
-            device.upload(&values.iter().map(|x| f16::from_f32(*x)).collect::<Vec<_>>())
-        }
+        Dtype::F16 => device.upload(&values.iter().map(|x| f16::from_f32(*x)).collect::<Vec<_>>()),
         Dtype::Bf16 => {
             device.upload(&values.iter().map(|x| bf16::from_f32(*x)).collect::<Vec<_>>())
         }
@@ -73,7 +71,9 @@ mod tests {
                 0.5 * sum + c[i]
             })
             .collect();
-        for (transpose_a, transpose_b) in [(false, false), (false, true), (true, false), (true, true)] {
+        for (transpose_a, transpose_b) in
+            [(false, false), (false, true), (true, false), (true, true)]
+        {
             let a = if transpose_a { transposed(&a, m, k) } else { a.clone() };
             let b = if transpose_b { transposed(&b, k, n) } else { b.clone() };
             let (a, b) = (device.upload(&a).unwrap(), device.upload(&b).unwrap());
@@ -101,7 +101,8 @@ mod tests {
     #[test]
     fn recorded_work_runs_when_it_is_replayed_and_takes_what_the_arrays_hold_then() {
         let device = Device::emulated();
-        let (from, to) = (device.upload(&[1.0f32, 2.0]).unwrap(), device.array(Dtype::F32, 2).unwrap());
+        let (from, to) =
+            (device.upload(&[1.0f32, 2.0]).unwrap(), device.array(Dtype::F32, 2).unwrap());
         let graph = device.capture(|| device.copy(&from, &to)).unwrap();
         assert_eq!(device.read::<f32>(&to).unwrap(), [0.0, 0.0]);
         device.write(&from, &[3.0f32]).unwrap();
