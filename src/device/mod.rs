@@ -12,8 +12,10 @@ pub mod array;
 #[cfg(feature = "emulator")]
 pub mod emulator;
 pub mod gemm;
+pub mod linear;
 #[cfg(feature = "cuda")]
 pub mod nvidia;
+pub mod ops;
 #[cfg(all(test, feature = "emulator"))]
 pub mod testing;
 pub mod train;
