@@ -712,12 +712,7 @@ impl Attention {
     }
 
     /// What follows the arrays: slopes, sizes, the results' own strides, the rule.
-    fn push_arguments<'a>(
-        &'a self,
-        qkv: &Qkv,
-        arguments: &mut Vec<Arg<'a>>,
-        strides: &[usize],
-    ) {
+    fn push_arguments<'a>(&'a self, qkv: &Qkv, arguments: &mut Vec<Arg<'a>>, strides: &[usize]) {
         let Heads { heads, kv_heads, head_dim, scale } = self.heads;
         arguments.push(self.slopes.as_ref().into());
         arguments.extend([heads, kv_heads, head_dim].map(Arg::from));
@@ -738,8 +733,7 @@ impl Attention {
         heads: usize,
         arguments: &[Arg],
     ) -> Result<()> {
-        let bytes =
-            if name == "attend" { shape.forward_bytes() } else { shape.backward_bytes() };
+        let bytes = if name == "attend" { shape.forward_bytes() } else { shape.backward_bytes() };
         let grid = [blocks(tiles.len() / 4, 1), heads as u32, 1];
         device.launch(&shape.kernel(name), grid, [THREADS as u32, 1, 1], bytes, arguments)
     }

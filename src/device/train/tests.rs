@@ -129,8 +129,7 @@ fn dropout_takes_the_draws_of_the_host() {
             for (row, number) in want.chunks_mut(cols).zip(numbers) {
                 for (i, x) in row.iter_mut().enumerate() {
                     let col = first_col + i;
-                    let counter =
-                        [(col / 4) as u32, number as u32, (number >> 32) as u32, 1];
+                    let counter = [(col / 4) as u32, number as u32, (number >> 32) as u32, 1];
                     let draw = philox4x32(counter, [3, 4])[col % 4];
                     *x *= if draw < 1 << 31 { 0.0 } else { 2.0 };
                 }
@@ -206,7 +205,11 @@ const RULE: Rule<'static> = Rule { window: None, softcap: None, slopes: None };
 const SLOPES: [f32; 4] = [0.707, 0.5, 0.3536, 0.25];
 
 impl Case {
-    fn new([heads, kv_heads, head_dim]: [usize; 3], lengths: &[usize], rule: Rule<'static>) -> Self {
+    fn new(
+        [heads, kv_heads, head_dim]: [usize; 3],
+        lengths: &[usize],
+        rule: Rule<'static>,
+    ) -> Self {
         let heads = Heads { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() };
         Self { heads, lengths: lengths.to_vec(), rule }
     }
