@@ -109,6 +109,27 @@ pub(super) enum Values {
     },
 }
 
+/// A matrix's values as they are stored, row after row.
+pub enum Stored<'a> {
+    /// 32-bit.
+    F32(&'a [f32]),
+    /// bfloat16.
+    Bf16(&'a [bf16]),
+    /// IEEE half.
+    F16(&'a [f16]),
+    /// ggml's blocks; the numbers are those of [`QuantMatrix`].
+    Quant {
+        /// Their type.
+        quant: QuantType,
+        /// Values of a row's first block that are not its own.
+        skip: usize,
+        /// Bytes of a row.
+        stride: usize,
+        /// The rows' blocks.
+        blocks: &'a [u8],
+    },
+}
+
 /// Rows that are quantized together.
 const ROWS_AT_ONCE: usize = 256;
 
@@ -157,6 +178,21 @@ impl Weight {
             Values::Bf16(_) => WeightDtype::Bf16,
             Values::F16(_) => WeightDtype::F16,
             Values::Quant { quant, .. } => WeightDtype::Quant(*quant),
+        }
+    }
+
+    /// The values as they are stored.
+    pub fn stored(&self) -> Stored<'_> {
+        match &self.values {
+            Values::F32(s) => Stored::F32(s.as_slice()),
+            Values::Bf16(s) => Stored::Bf16(s.as_slice()),
+            Values::F16(s) => Stored::F16(s.as_slice()),
+            Values::Quant { quant, skip, stride, blocks } => Stored::Quant {
+                quant: *quant,
+                skip: *skip,
+                stride: *stride,
+                blocks: blocks.as_slice(),
+            },
         }
     }
 
