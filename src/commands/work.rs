@@ -13,7 +13,7 @@ use crate::engine::{Engine, StepOutcome};
 use crate::ledger::{
     Finished, LinkState, Load, RecordId, RecordSink, RunProgress, Task, WorkerLink, token_cost,
 };
-use crate::model::{Logits, ModelRunner, Runner, StepBatch};
+use crate::model::{Logits, ModelRunner, RowChoices, RowSampling, Runner, StepBatch};
 use crate::slurm::OomWatch;
 use crate::stats::events::EventLog;
 use crate::stats::meter::{Meter, StepWork};
@@ -57,6 +57,18 @@ impl Runner for Metered {
     fn forward(&mut self, batch: &StepBatch) -> Result<Logits> {
         self.last = Some(StepWork::of(batch));
         self.runner.forward(batch)
+    }
+    fn chooses(&self) -> bool {
+        self.runner.chooses()
+    }
+    fn forward_and_choose(
+        &mut self,
+        batch: &StepBatch,
+        rows: &[RowSampling<'_>],
+        eos_token_ids: &[u32],
+    ) -> Result<RowChoices> {
+        self.last = Some(StepWork::of(batch));
+        self.runner.forward_and_choose(batch, rows, eos_token_ids)
     }
 }
 

@@ -64,6 +64,11 @@ pub fn open(order: ThreadOrder) -> Device {
         shared_bytes_a_block: 227 << 10,
         emulated: true,
     };
+    open_as(properties, order)
+}
+
+/// An emulated device that says it is another.
+pub fn open_as(properties: Properties, order: ThreadOrder) -> Device {
     let state =
         Arc::new(State { order, used_bytes: AtomicU64::new(0), recording: Mutex::new(None) });
     Device::new(Arc::new(Emulator { properties, state }))

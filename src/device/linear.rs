@@ -192,11 +192,9 @@ impl Matrix {
 /// What kernels want rows of blocks to be aligned to: ALIGN of kernels/matvec.cuh.
 fn alignment(quant: QuantType) -> u64 {
     match quant {
-        QuantType::Q4_0
-        | QuantType::Q5_0
-        | QuantType::Q8_0
-        | QuantType::Q3_K
-        | QuantType::Q6_K => 2,
+        QuantType::Q4_0 | QuantType::Q5_0 | QuantType::Q8_0 | QuantType::Q3_K | QuantType::Q6_K => {
+            2
+        }
         QuantType::Q4_1 | QuantType::Q2_K => 4,
         QuantType::Q5_1 => 8,
         QuantType::Q4_K | QuantType::Q5_K => 16,
@@ -354,14 +352,7 @@ pub fn embed(
         return Ok(());
     }
     let Some(values) = table.dense_values() else {
-        return launch_dequantize(
-            device,
-            table,
-            Rows::Ids(ids, first_id),
-            factor,
-            out,
-            table.cols,
-        );
+        return launch_dequantize(device, table, Rows::Ids(ids, first_id), factor, out, table.cols);
     };
     device.launch(
         &format!("embed_{}", values.dtype().suffix()),
@@ -618,8 +609,9 @@ mod tests {
     #[test]
     fn products_of_dense_matrices_equal_the_formula() {
         // (1030 values: several warps share a row.)
-        for (device, [rows, cols]) in
-            devices().iter().flat_map(|d| [[37, 72], [5, 19], [9, 1030], [33, 2048]].map(|s| (d, s)))
+        for (device, [rows, cols]) in devices()
+            .iter()
+            .flat_map(|d| [[37, 72], [5, 19], [9, 1030], [33, 2048]].map(|s| (d, s)))
         {
             let values = random(rows * cols, 1);
             for (stored, dtype, out, beta) in [

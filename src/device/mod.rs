@@ -9,13 +9,18 @@
 //! Left out: several streams, several devices a rank, and memory that host and device share.
 
 pub mod array;
+pub mod attention;
+pub mod collectives;
 #[cfg(feature = "emulator")]
 pub mod emulator;
 pub mod gemm;
 pub mod linear;
+#[cfg(feature = "nccl")]
+pub mod nccl;
 #[cfg(feature = "cuda")]
 pub mod nvidia;
 pub mod ops;
+pub mod sampling;
 #[cfg(all(test, feature = "emulator"))]
 pub mod testing;
 pub mod train;
@@ -23,6 +28,7 @@ pub mod train;
 use std::sync::Arc;
 
 pub use array::{Array, Dtype, Element};
+pub use collectives::DeviceComm;
 pub use gemm::Gemm;
 
 use crate::{Error, Result};
@@ -175,6 +181,7 @@ pub(crate) trait Driver: Send + Sync {
     /// Ends that.
     fn end_capture(&self) -> Result<Box<dyn Replay>>;
     /// The queue as CUDA's libraries take it; 0 where there is none.
+    #[cfg_attr(not(feature = "nccl"), expect(dead_code, reason = "only NCCL asks"))]
     fn stream(&self) -> u64;
 }
 
@@ -374,6 +381,7 @@ impl Device {
     }
 
     /// The queue as CUDA's libraries take it.
+    #[cfg(feature = "nccl")]
     pub(crate) fn stream(&self) -> u64 {
         self.driver.stream()
     }

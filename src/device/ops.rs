@@ -41,9 +41,11 @@ impl Norm {
     fn check(&self) {
         assert!((1..=MAX_NORM_WIDTH).contains(&self.width()), "a norm of {}", self.width());
         assert_eq!(self.weight.dtype(), Dtype::F32);
-        assert!(self.bias.as_ref().is_none_or(|bias| {
-            bias.dtype() == Dtype::F32 && bias.len() == self.weight.len()
-        }));
+        assert!(
+            self.bias.as_ref().is_none_or(|bias| {
+                bias.dtype() == Dtype::F32 && bias.len() == self.weight.len()
+            })
+        );
     }
 
     fn arrays(&self) -> impl Iterator<Item = &Array> {
@@ -452,8 +454,7 @@ mod tests {
     use crate::kernels::tests::random;
 
     const FLOATS: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
-    const ACTIVATIONS: [Activation; 3] =
-        [Activation::Silu, Activation::Gelu, Activation::GeluTanh];
+    const ACTIVATIONS: [Activation; 3] = [Activation::Silu, Activation::Gelu, Activation::GeluTanh];
 
     /// How far a value of that type may be from the formula's.
     fn tolerance(dtype: Dtype) -> f32 {
@@ -549,8 +550,7 @@ mod tests {
         for (dtype, [rows, inner]) in
             FLOATS.iter().flat_map(|d| [[3, 5], [2, 24], [1, 3000]].map(|s| (*d, s)))
         {
-            let gate_up: Vec<f32> =
-                random(2 * rows * inner, 1).iter().map(|v| 12.0 * v).collect();
+            let gate_up: Vec<f32> = random(2 * rows * inner, 1).iter().map(|v| 12.0 * v).collect();
             let gate_up = rounded(dtype, &gate_up);
             let half = |first: usize| -> Vec<f32> {
                 gate_up.chunks(inner).skip(first).step_by(2).flatten().copied().collect()
@@ -633,7 +633,8 @@ mod tests {
             for factors in [None, Some([0.5f32, 1.0, 2.0, 1.0, -1.0])] {
                 let mut want = before.clone();
                 for (i, index) in indices.iter().enumerate().filter(|(_, x)| (0..3).contains(*x)) {
-                    let (factor, row) = (factors.map_or(1.0, |f| f[i]), &added[i * width..][..width]);
+                    let (factor, row) =
+                        (factors.map_or(1.0, |f| f[i]), &added[i * width..][..width]);
                     let to = &mut want[*index as usize * width..][..width];
                     to.iter_mut().zip(row).for_each(|(to, x)| *to += factor * x);
                 }

@@ -9,8 +9,9 @@
 
 use std::collections::HashMap;
 
-use super::softmax::{LogitsError, log_sum_exp, row_max, softmax_weights, sum};
+use super::softmax::{log_sum_exp, row_max, softmax_weights, sum};
 use super::{SamplingParams, TokenLogprob};
+use crate::model::LogitsError;
 
 /// How often each token occurs among prompt and generated tokens.
 #[derive(Debug, Clone, Default)]

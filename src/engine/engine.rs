@@ -8,10 +8,10 @@ use super::block_manager::BlockManager;
 use super::detokenizer::TokenDecoder;
 use super::guide::{Grammar, Guides};
 use super::output::{EngineOutput, EngineRequest, Mode, Unfinished};
-use super::sampler::{RowResult, RowTask, Sampler};
+use super::sampler::{RowResult, RowTask, Sampler, StepResults, row_sampling};
 use super::scheduler::{Scheduler, SchedulerConfig, StepPlan};
 use super::sequence::Sequence;
-use crate::model::{Logits, LogitsWanted, Runner};
+use crate::model::{LogitsWanted, RowChoice, RowSampling, Runner};
 use crate::{Error, Result};
 
 /// Limits of the engine, and what ends a text.
@@ -169,12 +169,11 @@ impl<R: Runner> Engine<R> {
         self.counters.preemptions = self.scheduler.preemptions();
         let mut outcome = StepOutcome::default();
         if !self.plan.is_empty() {
-            let logits = self.runner.forward(&self.plan.batch)?;
-            self.check_shape(&logits)?;
-            self.count(&mut outcome);
             self.list_tasks();
+            let given = self.run_model()?;
+            self.count(&mut outcome);
             self.advance();
-            outcome.first_tokens = self.apply_results(&logits);
+            outcome.first_tokens = self.apply_results(&given);
         }
         outcome.finished.append(&mut self.ready);
         let (eos, decoder) = (&self.eos_token_ids, &*self.decoder);
@@ -183,16 +182,41 @@ impl<R: Runner> Engine<R> {
         Ok(outcome)
     }
 
-    fn check_shape(&self, logits: &Logits) -> Result<()> {
-        let rows = self.plan.batch.num_logits_rows();
-        let vocab_size = self.runner.vocab_size();
-        if logits.vocab_size == vocab_size && logits.data.len() == rows * vocab_size {
-            return Ok(());
+    /// The step's logits, or what a runner that chooses itself made of them.
+    fn run_model(&mut self) -> Result<StepResults> {
+        let Self { runner, plan, tasks, scheduler, eos_token_ids, .. } = self;
+        let vocab_size = runner.vocab_size();
+        let num_rows = plan.batch.num_logits_rows();
+        if !runner.chooses() {
+            let logits = runner.forward(&plan.batch)?;
+            if logits.vocab_size == vocab_size && logits.data.len() == num_rows * vocab_size {
+                return Ok(StepResults::Logits(logits));
+            }
+            return Err(Error::fault(format!(
+                "the model gave {} logits in rows of {} where {num_rows} rows of {vocab_size} \
+                 were asked",
+                logits.data.len(),
+                logits.vocab_size
+            )));
+        }
+        let running = scheduler.running();
+        let row_of = |task: &RowTask| row_sampling(task, &running[task.running]);
+        let rows: Vec<RowSampling> = tasks.iter().map(row_of).collect();
+        let choices = runner.forward_and_choose(&plan.batch, &rows, eos_token_ids)?;
+        let fits = |(row, choice): (&RowSampling, &_)| match (row, choice) {
+            (_, Err(_)) | (RowSampling::Score { .. }, Ok(RowChoice::Score(_))) => true,
+            (RowSampling::Logits, Ok(RowChoice::Logits(row))) => row.len() == vocab_size,
+            (RowSampling::Token(asked), Ok(RowChoice::Token(token, logprobs))) => {
+                (*token as usize) < vocab_size && asked.logprobs.is_some() == logprobs.is_some()
+            }
+            _ => false,
+        };
+        if choices.len() == num_rows && rows.iter().zip(&choices).all(fits) {
+            return Ok(StepResults::Choices(choices));
         }
         Err(Error::fault(format!(
-            "the model gave {} logits in rows of {} where {rows} rows of {vocab_size} were asked",
-            logits.data.len(),
-            logits.vocab_size
+            "the model's {} choices are not what was asked of {num_rows} rows",
+            choices.len()
         )))
     }
 
@@ -236,9 +260,9 @@ impl<R: Runner> Engine<R> {
     }
 
     /// Samples and scores; the number of sequences with their first token.
-    fn apply_results(&mut self, logits: &Logits) -> usize {
+    fn apply_results(&mut self, given: &StepResults) -> usize {
         let Self { sampler, scheduler, tasks, decoder, eos_token_ids, .. } = self;
-        let results = sampler.run(logits, tasks, scheduler.running(), eos_token_ids);
+        let results = sampler.run(given, tasks, scheduler.running(), eos_token_ids);
         let mut first_tokens = 0;
         for (task, result) in tasks.iter().zip(results) {
             let sequence = scheduler.running_mut(task.running);

@@ -31,7 +31,7 @@ pub mod stop;
 #[cfg(test)]
 mod fake_runner;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use detokenizer::TokenDecoder;
 pub use engine::{Engine, EngineConfig, EngineCounters, StepOutcome};

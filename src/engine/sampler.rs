@@ -1,14 +1,18 @@
-//! Turning a step's rows of logits into tokens and scores, on the host, over
-//! several threads where there is enough to do. A row's result depends on that
-//! row and its sequence alone, so the split over threads cannot show.
+//! Turning a step's rows of logits into tokens and scores: on the host, over
+//! several threads where there is enough to do, or by a runner that is told what to
+//! do with each row ([`row_sampling`]). A row's result depends on that row and its
+//! sequence alone, so neither the split over threads nor what the other rows ask can
+//! show.
 
 use rayon::prelude::*;
 
 use super::choose::{Scratch, choose, score, token_logprob};
 use super::output::TokenLogprob;
 use super::sequence::Sequence;
-use super::softmax::LogitsError;
-use crate::model::Logits;
+use crate::model::{
+    Logits, LogitsError, Logprobs, MAX_TOP_LOGPROBS, Penalties, RowChoice, RowChoices, RowSampling,
+    TokenSampling,
+};
 
 /// What is wanted of a row of logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,6 +23,60 @@ pub struct RowTask {
     pub running: usize,
     /// The token to score; `None` to sample one.
     pub target: Option<u32>,
+}
+
+/// What the runner gave for a step.
+#[derive(Debug, Clone, PartialEq)]
+pub enum StepResults {
+    /// The rows of logits.
+    Logits(Logits),
+    /// What it did with them, as [`row_sampling`] asked.
+    Choices(RowChoices),
+}
+
+impl StepResults {
+    /// Logits that are left to the host.
+    fn num_logits(&self) -> usize {
+        let len_of = |choice: &Result<RowChoice, _>| match choice {
+            Ok(RowChoice::Logits(row)) => row.len(),
+            _ => 0,
+        };
+        match self {
+            StepResults::Logits(logits) => logits.data.len(),
+            StepResults::Choices(choices) => choices.iter().map(len_of).sum(),
+        }
+    }
+}
+
+/// What to tell a runner that chooses itself. A guide's rows are left to the host: it may
+/// take another token than the chosen one.
+pub fn row_sampling<'a>(task: &RowTask, sequence: &'a Sequence) -> RowSampling<'a> {
+    if let Some(target) = task.target {
+        return RowSampling::Score { target };
+    }
+    let params = sequence.params();
+    let has_many_logprobs = params.logprobs.is_some_and(|n| n > MAX_TOP_LOGPROBS);
+    if sequence.is_guided() || has_many_logprobs {
+        return RowSampling::Logits;
+    }
+    let penalties = sequence.counts().map(|_| Penalties {
+        repetition: params.repetition_penalty,
+        presence: params.presence_penalty,
+        frequency: params.frequency_penalty,
+        sequence: sequence.number(),
+        history: sequence.token_ids(),
+    });
+    RowSampling::Token(TokenSampling {
+        temperature: params.temperature,
+        top_p: params.top_p,
+        top_k: params.top_k,
+        min_p: params.min_p,
+        penalties,
+        draw: sequence.draw(),
+        suppress_eos: params.ignore_eos,
+        allowed: None,
+        logprobs: params.logprobs,
+    })
 }
 
 /// A row's result.
@@ -58,7 +116,7 @@ impl Sampler {
     /// has taken its token afterwards.
     pub fn run(
         &mut self,
-        logits: &Logits,
+        given: &StepResults,
         tasks: &[RowTask],
         running: &[Sequence],
         eos_token_ids: &[u32],
@@ -66,15 +124,15 @@ impl Sampler {
         let Self { scratch, results } = self;
         results.clear();
         results.resize_with(tasks.len(), || Ok(RowResult::Score(0.0)));
-        let is_small = tasks.len() * logits.vocab_size < Self::MIN_PARALLEL_LOGITS;
+        let is_small = given.num_logits() < Self::MIN_PARALLEL_LOGITS;
         let threads = if is_small { 1 } else { rayon::current_num_threads() };
         if scratch.len() < threads {
             scratch.resize_with(threads, Scratch::default);
         }
         let run_all = |tasks: &[RowTask], results: &mut [_], scratch: &mut Scratch| {
             for (task, result) in tasks.iter().zip(results) {
-                let row = logits.row(task.row);
-                *result = run_one(task, row, &running[task.running], eos_token_ids, scratch);
+                let sequence = &running[task.running];
+                *result = result_of(task, given, sequence, eos_token_ids, scratch);
             }
         };
         if threads == 1 || tasks.len() == 1 {
@@ -88,6 +146,33 @@ impl Sampler {
                 .for_each(|((tasks, results), scratch)| run_all(tasks, results, scratch));
         }
         results.drain(..)
+    }
+}
+
+fn result_of(
+    task: &RowTask,
+    given: &StepResults,
+    sequence: &Sequence,
+    eos_token_ids: &[u32],
+    scratch: &mut Scratch,
+) -> Result<RowResult, RowError> {
+    match given {
+        StepResults::Logits(logits) => {
+            run_one(task, logits.row(task.row), sequence, eos_token_ids, scratch)
+        }
+        StepResults::Choices(choices) => match &choices[task.row] {
+            Ok(RowChoice::Logits(row)) => run_one(task, row, sequence, eos_token_ids, scratch),
+            Ok(RowChoice::Score(logprob)) => Ok(RowResult::Score(*logprob)),
+            Ok(RowChoice::Token(token, logprobs)) => {
+                let report = |logprobs: &Logprobs| TokenLogprob {
+                    token: *token,
+                    logprob: logprobs.chosen,
+                    top: logprobs.top.clone(),
+                };
+                Ok(RowResult::Token(*token, logprobs.as_ref().map(report)))
+            }
+            Err(error) => Err(RowError::Logits(*error)),
+        },
     }
 }
 
@@ -149,7 +234,7 @@ mod tests {
             })
             .collect();
         let data = (0..32 * vocab_size).map(|i| (i * 7919 % 1009) as f32 * 0.01).collect();
-        let logits = Logits { data, vocab_size };
+        let logits = StepResults::Logits(Logits { data, vocab_size });
         let tasks: Vec<RowTask> = (0..32)
             .map(|i| RowTask { row: i, running: i, target: (i % 5 == 4).then_some(i as u32) })
             .collect();

@@ -100,6 +100,8 @@ pub struct Scheduler {
     /// In order of arrival.
     running: Vec<Sequence>,
     preemptions: u64,
+    /// Sequences taken so far.
+    taken: u64,
 }
 
 impl Scheduler {
@@ -111,13 +113,22 @@ impl Scheduler {
             max_batched_tokens: config.max_batched_tokens.max(max_batch_size),
             max_scored_rows: config.max_scored_rows.max(1),
         };
-        Self { config, blocks, waiting: VecDeque::new(), running: Vec::new(), preemptions: 0 }
+        Self {
+            config,
+            blocks,
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            preemptions: 0,
+            taken: 0,
+        }
     }
 
     /// Queues an unfinished sequence. It must fit the KV cache when alone: the
     /// engine bounds every sequence by [`BlockManager::num_tokens`].
-    pub fn add(&mut self, sequence: Sequence) {
+    pub fn add(&mut self, mut sequence: Sequence) {
         debug_assert!(sequence.finish_reason().is_none());
+        sequence.set_number(self.taken);
+        self.taken += 1;
         self.waiting.push_back(sequence);
     }
 

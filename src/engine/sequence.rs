@@ -15,12 +15,14 @@ use super::output::{
 };
 use super::stop::{StopMatcher, final_text};
 use super::{SamplingParams, rng};
-use crate::model::LogitsWanted;
+use crate::model::{Draw, LogitsWanted};
 
 /// A request and its state.
 #[derive(Debug)]
 pub struct Sequence {
     key: u64,
+    /// No other of its engine has or had it.
+    number: u64,
     record_index: u64,
     completion: u32,
     params: SamplingParams,
@@ -84,6 +86,7 @@ impl Sequence {
         };
         let mut sequence = Self {
             key,
+            number: 0,
             record_index,
             completion,
             mode,
@@ -169,6 +172,16 @@ impl Sequence {
         self.mode
     }
 
+    /// What tells it from all others of its engine, before and after it.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Gives it its number.
+    pub fn set_number(&mut self, number: u64) {
+        self.number = number;
+    }
+
     /// How it is sampled.
     pub fn params(&self) -> &SamplingParams {
         &self.params
@@ -207,6 +220,11 @@ impl Sequence {
     /// Token counts, where penalties need them.
     pub fn counts(&self) -> Option<&TokenCounts> {
         self.counts.as_ref()
+    }
+
+    /// Whether a guide leads it.
+    pub fn is_guided(&self) -> bool {
+        self.matcher.is_some()
     }
 
     /// The matcher of a guided sequence.
@@ -276,10 +294,20 @@ impl Sequence {
         }
     }
 
+    /// Where the draw for its next token is.
+    pub fn draw(&self) -> Draw {
+        Draw {
+            seed: self.params.seed,
+            record_index: self.record_index,
+            completion: self.completion,
+            step: self.output_token_ids().len() as u32,
+        }
+    }
+
     /// The draw in [0, 1) for its next token.
     pub fn uniform(&self) -> f64 {
-        let step = self.output_token_ids().len() as u32;
-        rng::uniform(self.params.seed, self.record_index, self.completion, step)
+        let Draw { seed, record_index, completion, step } = self.draw();
+        rng::uniform(seed, record_index, completion, step)
     }
 
     /// Notes that `num_tokens` more are in the KV cache.

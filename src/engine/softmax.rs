@@ -4,18 +4,7 @@
 //! The exponential is our own because libm picks another one by CPU, and so
 //! that the compiler can vectorise it.
 
-/// Why a row of logits is of no use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum LogitsError {
-    /// It holds NaN or +∞.
-    #[error(
-        "the model's logits hold NaN or infinity: the weights or the dtype overflow (try --dtype f32)"
-    )]
-    NotFinite,
-    /// Every logit is −∞.
-    #[error("no token may follow: every logit is minus infinity")]
-    NoCandidate,
-}
+use crate::model::LogitsError;
 
 /// Elements handled side by side; fixes the order of sums.
 const LANES: usize = 8;

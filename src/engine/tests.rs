@@ -363,3 +363,6 @@ mod resume;
 
 #[path = "guided_tests.rs"]
 mod guided;
+
+#[path = "choosing_tests.rs"]
+mod choosing;

@@ -18,18 +18,19 @@ use crate::kernels::attention::{self as kernel, Heads, Rule};
 /// The attention of a layer, or a rank's heads of it.
 pub struct Attention {
     heads: Heads,
-    window: Option<usize>,
-    softcap: Option<f32>,
+    pub(super) window: Option<usize>,
+    pub(super) softcap: Option<f32>,
     /// ALiBi, a slope a head of this rank.
-    slopes: Option<Vec<f32>>,
-    q_proj: ColumnParallelLinear,
-    k_proj: ColumnParallelLinear,
-    v_proj: ColumnParallelLinear,
-    qk_norms: Option<[Norm; 2]>,
-    o_proj: OutputProjection,
+    pub(super) slopes: Option<Vec<f32>>,
+    pub(super) q_proj: ColumnParallelLinear,
+    pub(super) k_proj: ColumnParallelLinear,
+    pub(super) v_proj: ColumnParallelLinear,
+    pub(super) qk_norms: Option<[Norm; 2]>,
+    pub(super) o_proj: OutputProjection,
 }
 
-enum OutputProjection {
+/// The way out.
+pub(super) enum OutputProjection {
     /// Heads are split over the ranks, whose products are summed.
     Split(RowParallelLinear),
     /// Every rank has all heads and all of the output.

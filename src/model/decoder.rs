@@ -29,17 +29,18 @@ pub struct Decoder {
     rotations: Rotations,
 }
 
-struct DecoderLayer {
-    block: Block,
-    input_norm: Norm,
-    attention: Attention,
+/// One layer.
+pub(super) struct DecoderLayer {
+    pub(super) block: Block,
+    pub(super) input_norm: Norm,
+    pub(super) attention: Attention,
     /// Norm of attention's output (Gemma).
-    post_attention_norm: Option<Norm>,
+    pub(super) post_attention_norm: Option<Norm>,
     /// Norm before the MLP; a parallel block with one norm has none.
-    mlp_norm: Option<Norm>,
-    mlp: FeedForward,
+    pub(super) mlp_norm: Option<Norm>,
+    pub(super) mlp: FeedForward,
     /// Norm of the MLP's output (Gemma).
-    post_mlp_norm: Option<Norm>,
+    pub(super) post_mlp_norm: Option<Norm>,
 }
 
 impl Decoder {
@@ -130,7 +131,8 @@ pub fn load_vocabulary(l: &Loader) -> Result<(VocabParallel, VocabParallel)> {
     Ok((embed_tokens, lm_head))
 }
 
-fn wanted_rows(batch: &StepBatch) -> Vec<usize> {
+/// The rows whose logits are wanted, in order.
+pub(super) fn wanted_rows(batch: &StepBatch) -> Vec<usize> {
     let mut rows = Vec::with_capacity(batch.num_logits_rows());
     let mut end = 0;
     for s in &batch.sequences {
@@ -146,7 +148,8 @@ fn wanted_rows(batch: &StepBatch) -> Vec<usize> {
 }
 
 impl DecoderLayer {
-    fn load(l: &Loader, config: &ModelConfig, layer: usize) -> Result<Self> {
+    /// Loads this rank's share of layer `layer`.
+    pub(super) fn load(l: &Loader, config: &ModelConfig, layer: usize) -> Result<Self> {
         let names = config.names;
         let norm = |name: &str| Norm::load(l, config, &at(name, layer), config.hidden_size);
         let optional = |wanted: bool, name: &str| wanted.then(|| norm(name)).transpose();

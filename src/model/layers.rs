@@ -91,9 +91,9 @@ pub fn share(n: usize, rank: usize, size: usize) -> Range<usize> {
 
 /// A norm over the values of a row, or of each head.
 pub struct Norm {
-    weight: Vec<f32>,
-    bias: Option<Vec<f32>>,
-    eps: f32,
+    pub(super) weight: Vec<f32>,
+    pub(super) bias: Option<Vec<f32>>,
+    pub(super) eps: f32,
 }
 
 impl Norm {
@@ -162,8 +162,8 @@ impl Norm {
 /// A linear layer of which this rank has some of the output features.
 pub struct ColumnParallelLinear {
     weight: Weight,
-    bias: Option<Vec<f32>>,
-    deltas: Deltas,
+    pub(super) bias: Option<Vec<f32>>,
+    pub(super) deltas: Deltas,
 }
 
 impl ColumnParallelLinear {
@@ -226,8 +226,8 @@ impl From<Weight> for ColumnParallelLinear {
 /// products are summed.
 pub struct RowParallelLinear {
     weight: Weight,
-    bias: Option<Vec<f32>>,
-    deltas: Deltas,
+    pub(super) bias: Option<Vec<f32>>,
+    pub(super) deltas: Deltas,
     comm: Arc<dyn TensorComm>,
 }
 
@@ -276,8 +276,8 @@ pub struct VocabParallel {
     weight: Arc<Weight>,
     ids: Range<usize>,
     vocab_size: usize,
-    of_embedding: EmbeddingDeltas,
-    of_logits: Deltas,
+    pub(super) of_embedding: EmbeddingDeltas,
+    pub(super) of_logits: Deltas,
     comm: Arc<dyn TensorComm>,
 }
 

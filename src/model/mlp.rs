@@ -22,10 +22,10 @@ pub enum FeedForward {
 
 /// A dense MLP, or a rank's inner features of one.
 pub struct Mlp {
-    activation: Activation,
-    gate_proj: Option<ColumnParallelLinear>,
-    up_proj: ColumnParallelLinear,
-    down_proj: RowParallelLinear,
+    pub(super) activation: Activation,
+    pub(super) gate_proj: Option<ColumnParallelLinear>,
+    pub(super) up_proj: ColumnParallelLinear,
+    pub(super) down_proj: RowParallelLinear,
 }
 
 impl FeedForward {

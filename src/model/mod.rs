@@ -15,6 +15,7 @@ pub mod names;
 pub mod ops;
 pub mod rope;
 pub mod runner;
+pub mod sampling;
 pub mod step;
 pub mod tokenizer;
 pub mod weights;
@@ -24,9 +25,13 @@ pub use batch::{BatchSequence, LogitsWanted, StepBatch};
 pub use checkpoint::Checkpoint;
 pub use config::ModelConfig;
 pub use runner::{LoadOptions, ModelRunner};
+pub use sampling::{
+    Draw, LogitsError, Logprobs, MAX_TOP_LOGPROBS, Penalties, RowChoice, RowChoices, RowSampling,
+    TokenSampling,
+};
 pub use weights::WeightDtype;
 
-use crate::Result;
+use crate::{Error, Result};
 
 /// Logits of a step on the host: `rows × vocab_size`, row-major, f32.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -56,4 +61,21 @@ pub trait Runner {
     fn max_seq_len(&self) -> usize;
     /// Runs one step; logits rows in the order of `batch` (see [`StepBatch::num_logits_rows`]).
     fn forward(&mut self, batch: &StepBatch) -> Result<Logits>;
+
+    /// Whether it chooses tokens itself ([`Runner::forward_and_choose`]).
+    fn chooses(&self) -> bool {
+        false
+    }
+
+    /// Runs one step and does with each row of logits what `rows` say, in their order. A
+    /// row's result depends on the row and what is wanted of it alone. EOS tokens beyond
+    /// the vocabulary are none.
+    fn forward_and_choose(
+        &mut self,
+        _batch: &StepBatch,
+        _rows: &[RowSampling<'_>],
+        _eos_token_ids: &[u32],
+    ) -> Result<RowChoices> {
+        Err(Error::fault("this runner leaves the choice of tokens to the engine"))
+    }
 }

@@ -39,13 +39,13 @@ pub struct ExpertWeights {
 
 /// A layer's router, and the experts of this rank.
 pub struct Experts {
-    router: ColumnParallelLinear,
+    pub(super) router: ColumnParallelLinear,
     /// Experts of this rank, by number; `weights` holds them in that order.
-    mine: Range<usize>,
-    weights: Vec<ExpertWeights>,
-    per_token: usize,
-    norm_topk_prob: bool,
-    activation: Activation,
+    pub(super) mine: Range<usize>,
+    pub(super) weights: Vec<ExpertWeights>,
+    pub(super) per_token: usize,
+    pub(super) norm_topk_prob: bool,
+    pub(super) activation: Activation,
     comm: Arc<dyn TensorComm>,
 }
 

@@ -60,6 +60,18 @@ impl RotaryEmbedding {
         self.interleaved
     }
 
+    /// Whether the position alone says how a token of a prompt of `prompt_len` tokens, or one
+    /// after it, is rotated: as one of a prompt of no tokens.
+    pub fn is_by_position(&self, position: usize, prompt_len: usize) -> bool {
+        match &self.by_length {
+            ByLength::Nothing => true,
+            ByLength::Dynamic { max_position_embeddings: max, .. } => {
+                prompt_len <= *max || position + 1 >= prompt_len
+            }
+            ByLength::Longer { than, .. } => prompt_len <= *than || position + 1 > *than,
+        }
+    }
+
     /// Appends to `cos` and `sin` the `rotary_dim / 2` values each of `position`, in a
     /// sequence whose prompt has `prompt_len` tokens.
     pub fn push(&self, position: usize, prompt_len: usize, cos: &mut Vec<f32>, sin: &mut Vec<f32>) {

@@ -109,25 +109,16 @@ pub(super) enum Values {
     },
 }
 
-/// A matrix's values as they are stored, row after row.
+/// A matrix's values as they are stored, row-major.
 pub enum Stored<'a> {
-    /// 32-bit.
+    /// 32-bit floats.
     F32(&'a [f32]),
     /// bfloat16.
     Bf16(&'a [bf16]),
-    /// IEEE half.
+    /// IEEE halves.
     F16(&'a [f16]),
-    /// ggml's blocks; the numbers are those of [`QuantMatrix`].
-    Quant {
-        /// Their type.
-        quant: QuantType,
-        /// Values of a row's first block that are not its own.
-        skip: usize,
-        /// Bytes of a row.
-        stride: usize,
-        /// The rows' blocks.
-        blocks: &'a [u8],
-    },
+    /// ggml's blocks.
+    Quant(QuantMatrix<'a>),
 }
 
 /// Rows that are quantized together.
@@ -181,21 +172,6 @@ impl Weight {
         }
     }
 
-    /// The values as they are stored.
-    pub fn stored(&self) -> Stored<'_> {
-        match &self.values {
-            Values::F32(s) => Stored::F32(s.as_slice()),
-            Values::Bf16(s) => Stored::Bf16(s.as_slice()),
-            Values::F16(s) => Stored::F16(s.as_slice()),
-            Values::Quant { quant, skip, stride, blocks } => Stored::Quant {
-                quant: *quant,
-                skip: *skip,
-                stride: *stride,
-                blocks: blocks.as_slice(),
-            },
-        }
-    }
-
     /// Bytes that this rank holds (or maps) of the matrix.
     pub fn bytes(&self) -> u64 {
         let len = self.rows * self.cols;
@@ -215,6 +191,18 @@ impl Weight {
             Values::Quant { blocks, .. } => matches!(blocks, Store::Mapped { .. }),
         };
         if mapped { 0 } else { self.bytes() }
+    }
+
+    /// The values, for a copy elsewhere.
+    pub fn stored(&self) -> Stored<'_> {
+        match &self.values {
+            Values::F32(s) => Stored::F32(s.as_slice()),
+            Values::Bf16(s) => Stored::Bf16(s.as_slice()),
+            Values::F16(s) => Stored::F16(s.as_slice()),
+            Values::Quant { quant, skip, stride, blocks } => {
+                Stored::Quant(self.blocks(*quant, *skip, *stride, blocks))
+            }
+        }
     }
 
     /// `out[m, rows] = x[m, cols] · selfᵀ + bias`.

@@ -34,22 +34,22 @@ pub struct Layer<'a> {
 
 /// What adapters change at a linear layer, by their numbers; empty where none does.
 #[derive(Default)]
-pub struct Deltas(Vec<Option<Delta>>);
+pub struct Deltas(pub(in crate::model) Vec<Option<Delta>>);
 
 /// One adapter at a linear layer.
-struct Delta {
+pub(in crate::model) struct Delta {
     /// Stands for the layer's matrix.
-    replaced: Option<Weight>,
-    low_rank: Option<LowRank>,
+    pub(in crate::model) replaced: Option<Weight>,
+    pub(in crate::model) low_rank: Option<LowRank>,
 }
 
 /// `s · B A`, or DoRA's.
-struct LowRank {
-    a: Weight,
-    b: Weight,
-    scale: f32,
+pub(in crate::model) struct LowRank {
+    pub(in crate::model) a: Weight,
+    pub(in crate::model) b: Weight,
+    pub(in crate::model) scale: f32,
     /// DoRA: m / ‖W + s · B A‖ of this rank's rows.
-    gains: Option<Vec<f32>>,
+    pub(in crate::model) gains: Option<Vec<f32>>,
 }
 
 impl Deltas {
@@ -253,6 +253,11 @@ struct EmbeddingLowRank {
 }
 
 impl EmbeddingDeltas {
+    /// Whether no adapter changes the embedding.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// This rank's part of the adapters at the embedding: that of the tokens `ids` of
     /// `[vocab, hidden]`.
     ///
