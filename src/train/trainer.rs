@@ -88,6 +88,7 @@ impl Trainer {
         let weight = (1.0 / targets.max(1) as f64) as f32;
         let losses = micro_batches.iter().map(|batch| self.model.train(batch, weight));
         let own: Result<f64> = losses.sum();
+        let own = own.and_then(|loss| self.model.collect_gradients().map(|()| loss));
         let own = agree(&*self.world, own)?;
         let loss = sum(&*self.replicas, own) / targets.max(1) as f64;
         let grad_norm = self.reduce();
@@ -99,7 +100,7 @@ impl Trainer {
         } else {
             self.progress.updates += 1;
             self.update(grad_norm, learning_rate);
-            self.model.refresh();
+            agree(&*self.world, self.model.refresh())?;
         }
         Ok(StepOutcome { loss, grad_norm, learning_rate, skipped })
     }

@@ -144,7 +144,7 @@ fn train(name: &str, case: &Case, layout: Layout) -> Trained {
         let mut model = TrainedModel::load(&loader, &config(case), 1, layout.recompute).unwrap();
         let start = adapter(&root().join("finetune").join(name).join("start"));
         model.parameters.set(|tensor| Ok(start[&tensor.name()].clone())).unwrap();
-        model.refresh();
+        model.refresh().unwrap();
         assert_eq!(model.parameters.tensors().len(), start.len(), "{name}: tensors");
         let training = &case.training;
         let optimisation = Optimisation {

@@ -81,7 +81,7 @@ impl<'a> Training<'a> {
         if world.rank() == 0 {
             say_how_much_memory(shared, args, plan, &topology);
         }
-        let model = TrainedModel::load(&loader, &config, training.seed, training.recompute);
+        let model = TrainedModel::load(&loader, &config, training.seed, training.recompute, None);
         let model = agree(world, model)?;
         let flops_a_token = model.flops_a_token();
         let optimisation = optimisation(args, total_steps);

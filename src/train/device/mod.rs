@@ -19,23 +19,21 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use layer::{Kept, Layer};
-use linear::Linear;
+pub(super) use layer::Layer;
+use linear::Base;
 use loss::LossHead;
 
 use super::batch::MicroBatch;
-use super::layer::Layer as HostLayer;
-use super::loss::LossHead as HostHead;
-use super::model::Recompute;
-use super::parameters::{ParameterId, Parameters};
-use crate::device::linear::Matrix;
+use super::model::{Frame, Recompute};
+use super::parameters::Parameters;
+use crate::Result;
+use crate::device::linear::{Matrix, embed};
 use crate::device::ops::{self, Norm};
 use crate::device::train::{self as kernel, NormOf, RotationTable, Rows, Segments, TokenRows};
 use crate::device::{Array, Device, DeviceComm, Dtype, Gemm};
-use crate::model::layers::{Norm as HostNorm, VocabParallel};
+use crate::model::layers::Norm as HostNorm;
 use crate::model::step::{Rotations, Step};
 use crate::model::weights::{Stored, Weight};
-use crate::{Error, Result};
 
 /// The device that a rank trains on.
 #[derive(Clone)]
@@ -88,9 +86,9 @@ impl Place {
             Stored::F32(values) => device.upload(values),
             Stored::Bf16(values) => device.upload(values),
             Stored::F16(values) => device.upload(values),
-            Stored::Quant { quant, skip, stride, blocks } => {
-                let blocks = device.upload(blocks)?;
-                return Ok(Matrix::quantized(quant, rows, cols, skip, stride, blocks));
+            Stored::Quant(of) => {
+                let blocks = device.upload(of.data)?;
+                return Ok(Matrix::quantized(of.quant, rows, cols, of.skip, of.stride, blocks));
             }
         }?;
         if values.dtype() == self.dtype {
@@ -184,117 +182,202 @@ fn of(norm: &Norm) -> NormOf<'_> {
     NormOf { weight: &norm.weight, bias: norm.bias.as_ref(), eps: norm.eps }
 }
 
-/// What a model on a device is made of besides its layers, from the host's.
-pub(super) struct Ends<'a> {
-    /// The embedding.
-    pub embed_tokens: &'a VocabParallel,
-    /// Its own values, where it is trained.
-    pub trained_embedding: Option<ParameterId>,
-    /// What its rows are multiplied by.
-    pub embedding_scale: Option<f32>,
-    /// The last norm.
-    pub norm: &'a HostNorm,
-    /// The way to the loss.
-    pub head: &'a HostHead,
-}
-
-/// The layers of a model that is being loaded.
-pub(super) struct Layers<'a> {
-    place: &'a Place,
-    layers: Vec<Layer>,
-    flops_a_token: f64,
-}
-
-impl<'a> Layers<'a> {
-    pub(super) fn new(place: &'a Place) -> Self {
-        Self { place, layers: Vec::new(), flops_a_token: 0.0 }
-    }
-
-    /// Takes the next layer to the device.
-    ///
-    /// # Errors
-    /// No memory on the device.
-    pub(super) fn push(&mut self, layer: &HostLayer, parameters: &Parameters) -> Result<()> {
-        self.layers.push(Layer::new(self.place, layer, parameters)?);
-        Ok(())
-    }
-}
-
 /// The model on a device, or a tensor-parallel rank's share of it.
 pub(super) struct Model {
     place: Place,
     embed_tokens: Base,
+    /// The ids that this rank has the embedding of.
     ids: Range<usize>,
     embedding_scale: f32,
     layers: Vec<Layer>,
     norm: Norm,
     head: LossHead,
     rotations: Rotations,
+    /// The first layer with something to train; nothing goes back beyond it.
     first_trained: usize,
     recompute: Recompute,
     trained: Trained,
 }
 
-/// A matrix: frozen, or trained as a whole.
-enum Base {
-    Frozen(Matrix),
-    Trained { span: Range<usize>, rows: usize, cols: usize },
-}
-
-impl Base {
-    fn matrix(&self, trained: &Trained) -> Matrix {
-        match self {
-            Self::Frozen(matrix) => matrix.clone(),
-            Self::Trained { span, rows, cols } => Matrix::dense(*rows, *cols, trained.values(span)),
-        }
-    }
-}
-
 impl Model {
-    /// Puts the layers together with the rest of the model.
+    /// Puts the layers, which are on the device, together with the rest of the model.
     ///
     /// # Errors
     /// No memory on the device; heads that its kernels do not take.
     pub(super) fn new(
-        layers: Layers,
-        ends: &Ends,
-        rotations: Rotations,
+        place: &Place,
+        layers: Vec<Layer>,
+        frame: Frame,
         parameters: &Parameters,
-        first_trained: usize,
-        recompute: Recompute,
     ) -> Result<Self> {
-        let Layers { place, layers, .. } = layers;
         if let Some(layer) = layers.first() {
             kernel::check_attention(&place.device, place.dtype, layer.head_dim())?;
         }
-        let (weight, ids) = ends.embed_tokens.shared();
-        let cols = weight.cols();
-        let mut head = LossHead::new(place, ends.head, parameters)?;
-        let embed_tokens = match ends.trained_embedding {
-            Some(id) => {
-                let span = parameters.of(id).span.clone();
-                Base::Trained { span, rows: ids.len(), cols }
-            }
-            None if ends.head.linear.is_over(&weight) => Base::Frozen(head.linear.frozen_matrix()?),
-            None => Base::Frozen(place.matrix(&weight)?),
+        let head = LossHead::new(place, &frame.head, parameters)?;
+        let (weight, ids) = frame.embed_tokens.shared();
+        let embed_tokens = match frame.trained_embedding {
+            Some(id) => Base::trained(parameters, id, [ids.len(), weight.cols()]),
+            None => match head.linear.base_over(&frame.head.linear, &weight) {
+                Some(matrix) => Base::Frozen(matrix),
+                None => Base::Frozen(place.matrix(&weight)?),
+            },
         };
-        head.linear.check()?;
         Ok(Self {
             place: place.clone(),
             embed_tokens,
             ids,
-            embedding_scale: ends.embedding_scale.unwrap_or(1.0),
+            embedding_scale: frame.embedding_scale.unwrap_or(1.0),
             layers,
-            norm: place.norm(ends.norm)?,
+            norm: place.norm(&frame.norm)?,
             head,
-            rotations,
-            first_trained,
-            recompute,
+            rotations: frame.rotations,
+            first_trained: frame.first_trained,
+            recompute: frame.recompute,
             trained: Trained::new(place, parameters.values.len())?,
         })
     }
 
-    fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
-        self.layers.iter_mut().flat_map(Layer::linears_mut).chain([&mut self.head.linear])
+    /// To call after every change of the trained tensors. Collective.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub(super) fn refresh(&mut self, parameters: &Parameters) -> Result<()> {
+        let Self { place, layers, head, trained, .. } = self;
+        trained.refresh(&place.device, parameters)?;
+        let mut linears = layers.iter_mut().flat_map(Layer::linears_mut).chain([&mut head.linear]);
+        linears.try_for_each(|linear| linear.refresh(place, trained, parameters))
+    }
+
+    /// Adds the gradients since the last time to the host's.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub(super) fn collect_gradients(&self, parameters: &mut Parameters) -> Result<()> {
+        let gradients = self.place.device.read::<f32>(&self.trained.gradients)?;
+        parameters.gradients.iter_mut().zip(gradients).for_each(|(sum, g)| *sum += g);
+        self.place.device.fill_zero(&self.trained.gradients)
+    }
+
+    /// The loss of a micro-batch; with `weight` its gradients are added to the device's sums.
+    /// Collective.
+    ///
+    /// # Errors
+    /// No memory, or a fault of the device.
+    pub(super) fn run(&self, batch: &MicroBatch, weight: Option<f32>) -> Result<f64> {
+        let (rows, targets) = batch.targets();
+        let pass = self.pass(batch, weight)?;
+        let token_ids: Vec<i32> = batch.token_ids.iter().map(|id| *id as i32).collect();
+        let mut x = self.embedded(&token_ids)?;
+        let mut kept = Vec::new();
+        for (i, layer) in self.layers.iter().enumerate() {
+            let recomputed = weight.is_none() || self.recompute.includes(i);
+            let (out, layer_kept) = layer.forward(&pass, x, recomputed)?;
+            if weight.is_some() && i >= self.first_trained {
+                kept.push(layer_kept);
+            }
+            x = out;
+        }
+        let width = self.norm.width();
+        let selected = Selected::new(&pass, &x, &rows, width)?;
+        drop(x);
+        let normed = pass.normed(&selected.values, &self.norm)?;
+        let numbers = weight.map(|_| rows.iter().map(|row| batch.numbers[*row]).collect());
+        let loss = self.head.run(&pass, &normed, &targets, numbers)?;
+        let Some(dx) = loss.dx.filter(|_| !kept.is_empty()) else { return Ok(loss.sum) };
+        pass.norm_backward(&selected.values, &self.norm, &dx, &dx, false)?;
+        drop(normed);
+        let mut dx = selected.spread(&pass, &dx, batch.len() * width)?;
+        for (i, layer) in self.layers.iter().enumerate().skip(self.first_trained).rev() {
+            let Some(kept) = kept.pop() else { break };
+            let is_wanted = i > self.first_trained || self.embed_tokens.is_trained();
+            dx = layer.backward(&pass, kept, dx, is_wanted)?;
+        }
+        if let Base::Trained { span, .. } = &self.embed_tokens {
+            let tokens = TokenRows::new(pass.device(), &batch.token_ids, self.ids.clone())?;
+            let (factor, gradient) =
+                (pass.weight * self.embedding_scale, self.trained.gradient(span));
+            kernel::embedding_gradient(pass.device(), &tokens, &dx, factor, width, &gradient)?;
+        }
+        Ok(loss.sum)
+    }
+
+    fn pass(&self, batch: &MicroBatch, weight: Option<f32>) -> Result<Pass<'_>> {
+        let device = &self.place.device;
+        let as_step = batch.as_step();
+        let step = Step::new(&as_step, &self.rotations);
+        let table = |has_window| {
+            let Some((rope, cos, sin)) = step.table(has_window) else { return Ok(None) };
+            let [cos, sin] = [device.upload(cos)?, device.upload(sin)?];
+            let (rotary_dim, interleaved) = (rope.rotary_dim(), rope.interleaved());
+            Ok::<_, crate::Error>(Some(RotationTable { cos, sin, rotary_dim, interleaved }))
+        };
+        let head_dim = self.layers.first().map_or(1, Layer::head_dim);
+        Ok(Pass {
+            place: &self.place,
+            trained: &self.trained,
+            rows: batch.len(),
+            segments: Segments::new(device, &batch.segments, self.place.dtype, head_dim)?,
+            rotations: [table(false)?, table(true)?],
+            numbers: weight.map(|_| device.upload(&batch.numbers)).transpose()?,
+            weight: weight.unwrap_or(0.0),
+        })
+    }
+
+    fn embedded(&self, token_ids: &[i32]) -> Result<Array> {
+        let device = &self.place.device;
+        let token_ids = device.upload(token_ids)?;
+        let x = self.place.floats(token_ids.len() * self.norm.width())?;
+        let matrix = self.embed_tokens.matrix(&self.trained);
+        embed(device, &matrix, self.ids.start, &token_ids, self.embedding_scale, &x)?;
+        self.place.sum(&x)?;
+        Ok(x)
+    }
+
+    /// Floating-point operations a second that the device reaches in a large product, to
+    /// compare training with; `None` of an emulator.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub(super) fn peak_flops(&self) -> Result<Option<f64>> {
+        const SIZE: usize = 4096;
+        const ROUNDS: usize = 10;
+        let device = &self.place.device;
+        if device.properties().emulated {
+            return Ok(None);
+        }
+        let operand = device.array(self.place.dtype, SIZE * SIZE)?;
+        let out = self.place.values(SIZE * SIZE)?;
+        let product = || device.gemm(&Gemm::linear(&operand, &operand, &out, [SIZE; 3]));
+        product()?;
+        device.synchronize()?;
+        let start = Instant::now();
+        (0..ROUNDS).try_for_each(|_| product())?;
+        device.synchronize()?;
+        let flops = (2 * ROUNDS * SIZE * SIZE * SIZE) as f64;
+        Ok(Some(flops / start.elapsed().as_secs_f64()))
+    }
+}
+
+/// The rows that something is predicted from.
+struct Selected {
+    rows: Array,
+    /// f32.
+    values: Array,
+}
+
+impl Selected {
+    fn new(pass: &Pass, x: &Array, rows: &[usize], width: usize) -> Result<Self> {
+        let rows: Vec<i32> = rows.iter().map(|row| *row as i32).collect();
+        let values = pass.place.floats(rows.len() * width)?;
+        let rows = pass.device().upload(&rows)?;
+        ops::gather_rows(pass.device(), x, &rows, &values)?;
+        Ok(Self { rows, values })
+    }
+
+    /// Their gradients among those of all rows, which are zeros; `len` values.
+    fn spread(&self, pass: &Pass, d: &Array, len: usize) -> Result<Array> {
+        let all = pass.device().array(Dtype::F32, len)?;
+        ops::scatter_add_rows(pass.device(), d, &self.rows, None, &all)?;
+        Ok(all)
     }
 }
