@@ -51,7 +51,8 @@ pub fn load(
     let num_blocks = agree(world, num_blocks(job, rank, topology, plan, &checkpoint, staged))?;
     let num_blocks = least(&*topology.tensor_parallel, num_blocks);
     let comm: Arc<dyn TensorComm> = Arc::new(HostTensorComm::new(topology.tensor_parallel.clone()));
-    let options = LoadOptions { dtype: job.dtype(), max_seq_len: plan.max_seq_len, num_blocks };
+    let options =
+        LoadOptions { dtype: job.dtype(), max_seq_len: plan.max_seq_len, num_blocks, device: None };
     let started = Instant::now();
     let runner = ModelRunner::load_adapted(&checkpoint, &adapters, &options, comm);
     let runner = agree(world, runner)?;

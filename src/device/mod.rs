@@ -13,6 +13,7 @@ pub mod attention;
 pub mod collectives;
 #[cfg(feature = "emulator")]
 pub mod emulator;
+pub mod experts;
 pub mod gemm;
 pub mod linear;
 #[cfg(feature = "nccl")]
