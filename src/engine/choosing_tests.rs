@@ -195,7 +195,7 @@ fn a_row_with_more_logprobs_than_a_runner_reports_comes_to_the_host() {
     let few = request(2, &[1, 2], SamplingParams { logprobs: Some(3), ..params });
     let runner = Choosing::new(FakeRunner::new(12, 4, MAX_SEQ_LEN));
     let mut engine = choosing_engine(runner, 4, 16);
-    [&many, &few].map(|request| engine.add(request.clone()));
+    let _ = [&many, &few].map(|request| engine.add(request.clone()));
     let mut outputs = BTreeMap::new();
     while engine.has_work() {
         outputs.extend(engine.step().unwrap().finished.into_iter().map(|o| (o.key, o)));
