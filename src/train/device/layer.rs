@@ -159,12 +159,13 @@ impl Layer {
         let middle = middle.as_ref().unwrap_or(x);
         let d = through(pass, &self.post_mlp_norm, &transformed, dy)?;
         let input = self.mlp_input(pass, middle)?;
-        let d = self.mlp.backward(pass, &input, mlp, &d)?;
-        drop((input, transformed));
+        let of_mlp = self.mlp.backward(pass, &input, mlp, &d)?;
+        drop((input, transformed, d));
         match &self.mlp_norm {
-            Some(norm) => pass.norm_backward(middle, norm, &d, dy, true)?,
-            None => ops::add(pass.device(), &d, dy)?,
+            Some(norm) => pass.norm_backward(middle, norm, &of_mlp, dy, true)?,
+            None => ops::add(pass.device(), &of_mlp, dy)?,
         }
+        drop(of_mlp);
         let d = through(pass, &self.post_attention_norm, &attended, dy)?;
         let normed = pass.normed(x, &self.input_norm)?;
         match self.attention.backward(pass, &normed, attention, &d, wanted)? {

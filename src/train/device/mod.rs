@@ -22,6 +22,7 @@ use std::time::Instant;
 pub(super) use layer::Layer;
 use linear::Base;
 use loss::LossHead;
+pub(super) use loss::rows_at_once;
 
 use super::batch::MicroBatch;
 use super::model::{Frame, Recompute};
