@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use crate::Result;
 use crate::comm::{Communicator, HostTensorComm, TensorComm, Topology, agree};
+use crate::commands::device::Devices;
 use crate::commands::footprint;
 use crate::commands::generate::Job;
 use crate::commands::launch::Rank;
@@ -42,13 +43,16 @@ pub fn load(
     job: &Job,
     rank: &Rank,
     topology: &Topology,
+    devices: &Devices,
     plan: &RunPlan,
     staged: &stage::Staged,
 ) -> Result<Loaded> {
     let world = &*topology.world;
     let Opened { checkpoint, tokenizer, template, adapters } =
         agree(world, open(staged, job, plan))?;
-    let num_blocks = agree(world, num_blocks(job, rank, topology, plan, &checkpoint, staged))?;
+    let sequences = devices.batch_limits(&job.model).sequences;
+    let blocks = num_blocks(job, rank, topology, plan, &checkpoint, staged, sequences);
+    let num_blocks = agree(world, blocks)?;
     let num_blocks = least(&*topology.tensor_parallel, num_blocks);
     let comm: Arc<dyn TensorComm> = Arc::new(HostTensorComm::new(topology.tensor_parallel.clone()));
     let options =
@@ -172,6 +176,7 @@ fn num_blocks(
     plan: &RunPlan,
     checkpoint: &Checkpoint,
     staged: &stage::Staged,
+    sequences: usize,
 ) -> Result<usize> {
     let (config, size) = (checkpoint.config(), topology.tensor_parallel.size());
     let block_bytes = config.kv_block_bytes(config.local_kv_heads(size), BLOCK_SIZE).max(1);
@@ -187,7 +192,7 @@ fn num_blocks(
         (Some(flag), free) => Some(free.map_or(flag, |free| flag.min(free))),
         (None, free) => free.map(|free| (free as f64 * KV_CACHE_SHARE) as u64),
     };
-    blocks_within(allowed, block_bytes, plan.max_seq_len, job.model.max_batch_size)
+    blocks_within(allowed, block_bytes, plan.max_seq_len, sequences)
 }
 
 fn blocks_within(

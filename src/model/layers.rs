@@ -122,11 +122,6 @@ impl Norm {
         self.weight.len()
     }
 
-    /// The factors, what is added after them (a layer norm), and what keeps the root from zero.
-    pub fn parts(&self) -> (&[f32], Option<&[f32]>, f32) {
-        (&self.weight, self.bias.as_deref(), self.eps)
-    }
-
     /// Each row normed.
     ///
     /// # Errors

@@ -32,9 +32,10 @@ use crate::device::linear::{Matrix, embed};
 use crate::device::ops::{self, Norm};
 use crate::device::train::{self as kernel, NormOf, RotationTable, Rows, Segments, TokenRows};
 use crate::device::{Array, Device, DeviceComm, Dtype, Gemm};
+use crate::model::device::upload::Uploader;
 use crate::model::layers::Norm as HostNorm;
 use crate::model::step::{Rotations, Step};
-use crate::model::weights::{Stored, Weight};
+use crate::model::weights::Weight;
 
 /// The device that a rank trains on.
 #[derive(Clone)]
@@ -75,29 +76,12 @@ impl Place {
     }
 
     fn norm(&self, norm: &HostNorm) -> Result<Norm> {
-        let (weight, bias, eps) = norm.parts();
-        let bias = bias.map(|bias| self.device.upload(bias)).transpose()?;
-        Ok(Norm { weight: self.device.upload(weight)?, bias, eps })
+        Uploader::new(&self.device, self.dtype).norm(norm)
     }
 
     /// A matrix on the device: floats in its type, quantized ones as they are.
     fn matrix(&self, weight: &Weight) -> Result<Matrix> {
-        let (rows, cols, device) = (weight.rows(), weight.cols(), &self.device);
-        let values = match weight.stored() {
-            Stored::F32(values) => device.upload(values),
-            Stored::Bf16(values) => device.upload(values),
-            Stored::F16(values) => device.upload(values),
-            Stored::Quant(of) => {
-                let blocks = device.upload(of.data)?;
-                return Ok(Matrix::quantized(of.quant, rows, cols, of.skip, of.stride, blocks));
-            }
-        }?;
-        if values.dtype() == self.dtype {
-            return Ok(Matrix::dense(rows, cols, values));
-        }
-        let converted = self.values(values.len())?;
-        ops::convert(device, &values, &converted)?;
-        Ok(Matrix::dense(rows, cols, converted))
+        Uploader::new(&self.device, self.dtype).matrix(weight)
     }
 }
 
