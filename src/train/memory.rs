@@ -21,8 +21,8 @@
 use std::collections::BTreeSet;
 
 use super::lora::LoraConfig;
-use super::{device, loss};
 use super::model::{Recompute, saved, targets};
+use super::{device, loss};
 use crate::Result;
 use crate::device::Dtype;
 use crate::model::attention::Group;

@@ -350,8 +350,8 @@ fn place(
     comm: &Arc<dyn TensorComm>,
 ) -> Result<Option<Place>> {
     let (devices, checkpoint) = (shared.devices, &shared.checkpoint);
-    let on_device = on_device::precise(&args.model, devices, topology, checkpoint, comm)?;
-    Ok(on_device.map(|(device, comm, dtype)| Place { device, dtype, comm }))
+    let opened = on_device::open(&args.model, devices, topology, checkpoint, comm)?;
+    Ok(opened.map(|(device, comm, dtype)| Place { device, dtype, comm }))
 }
 
 /// What matrices become on the host. A device makes floats its own type when they get there.

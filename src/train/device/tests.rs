@@ -131,8 +131,7 @@ fn a_device_gives_the_hosts_losses_and_gradients_for_every_family() {
 fn narrow_types_differ_by_their_rounding_and_recomputation_by_nothing() {
     for model in ["llama_gqa", "qwen3", "gemma2", "falcon_7b"] {
         let host = run(&setting(model));
-        for (dtype, of_loss, of_gradients) in
-            [(Dtype::Bf16, 1e-2, 5e-2), (Dtype::F16, 2e-3, 1e-2)]
+        for (dtype, of_loss, of_gradients) in [(Dtype::Bf16, 1e-2, 5e-2), (Dtype::F16, 2e-3, 1e-2)]
         {
             let device = Setting { dtype: Some(dtype), ..setting(model) };
             let kept = run(&device);
