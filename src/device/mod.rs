@@ -31,6 +31,7 @@ pub mod ops;
 pub mod sampling;
 #[cfg(all(test, feature = "emulator"))]
 pub mod testing;
+pub mod train;
 pub mod usage;
 
 use std::sync::Arc;
