@@ -43,7 +43,8 @@ fn bench(bf16: bool, memory: f64, flops: f64) {
     println!("model {}", dir.display());
     println!("batch  prefill tok/s  of FLOPs  decode tok/s  of memory  of FLOPs");
     for batch in [1, 4, 16, 32] {
-        let options = LoadOptions { dtype: None, max_seq_len: 256, num_blocks: 32 * 16 };
+        let options =
+            LoadOptions { dtype: None, max_seq_len: 256, num_blocks: 32 * 16, device: None };
         let runner =
             ModelRunner::load(&Checkpoint::open(&dir).unwrap(), &options, Arc::new(NoTensorComm))
                 .unwrap();

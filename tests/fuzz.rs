@@ -121,7 +121,7 @@ fn load(model: &Path) -> farm::Result<()> {
     if config.kv_block_bytes(config.num_key_value_heads, 16) > 8 << 20 {
         return Ok(());
     }
-    let options = LoadOptions { dtype: None, max_seq_len: 64, num_blocks };
+    let options = LoadOptions { dtype: None, max_seq_len: 64, num_blocks, device: None };
     let mut runner = ModelRunner::load(&checkpoint, &options, Arc::new(NoTensorComm))?;
     let mut token_ids = tokenizer.encode("The cat — 東京", true)?;
     token_ids.retain(|&id| (id as usize) < runner.vocab_size());

@@ -16,6 +16,9 @@ use serde::Deserialize;
 
 #[path = "golden/adapters.rs"]
 mod adapters;
+#[cfg(any(feature = "emulator", feature = "cuda"))]
+#[path = "golden/device.rs"]
+mod device;
 #[path = "golden/finetune.rs"]
 mod finetune;
 #[path = "golden/gguf.rs"]
@@ -93,10 +96,27 @@ fn with_loaded<T: Send>(
     dtype: Option<WeightDtype>,
     body: impl Fn(&mut ModelRunner) -> T + Sync,
 ) -> T {
+    let options = |_: Arc<dyn TensorComm>| LoadOptions {
+        dtype,
+        max_seq_len: 512,
+        num_blocks: 64,
+        device: None,
+    };
+    with_options(dir, adapters, size, options, body)
+}
+
+/// The same with these options, which may take the group.
+fn with_options<T: Send>(
+    dir: &Path,
+    adapters: &[AdapterSource],
+    size: usize,
+    options: impl Fn(Arc<dyn TensorComm>) -> LoadOptions + Sync,
+    body: impl Fn(&mut ModelRunner) -> T + Sync,
+) -> T {
     let results = LocalComm::run(size, |world| {
         let rank = world.rank();
         let comm: Arc<dyn TensorComm> = Arc::new(HostTensorComm::new(world));
-        let options = LoadOptions { dtype, max_seq_len: 512, num_blocks: 64 };
+        let options = options(comm.clone());
         let checkpoint = Checkpoint::open(dir).unwrap();
         let adapters = Adapter::open_all(adapters, checkpoint.config()).unwrap();
         let mut runner = ModelRunner::load_adapted(&checkpoint, &adapters, &options, comm).unwrap();
@@ -151,9 +171,14 @@ fn greedy(runner: &mut impl Runner, prompt: &[u32], n: usize) -> Vec<u32> {
 }
 
 fn assert_close(got: &[f32], want: &[f32], what: &str) {
-    assert_eq!(got.len(), want.len(), "{what}");
-    let worst = got.iter().zip(want).map(|(g, w)| (g - w).abs()).fold(0.0, f32::max);
+    let worst = worst(got, want);
     assert!(worst <= LOGITS_TOLERANCE, "{what}: logits differ by {worst}");
+}
+
+/// The largest difference.
+fn worst(got: &[f32], want: &[f32]) -> f32 {
+    assert_eq!(got.len(), want.len());
+    got.iter().zip(want).map(|(g, w)| (g - w).abs()).fold(0.0, f32::max)
 }
 
 fn log_softmax_at(row: &[f32], id: u32) -> f64 {
@@ -228,7 +253,7 @@ impl TokenDecoder for NoText {
 /// and go on in another.
 fn run_cut(dir: &Path, mut requests: Vec<EngineRequest>, steps: usize) -> Vec<EngineOutput> {
     let new_engine = || {
-        let options = LoadOptions { dtype: None, max_seq_len: 512, num_blocks: 64 };
+        let options = LoadOptions { dtype: None, max_seq_len: 512, num_blocks: 64, device: None };
         let comm = Arc::new(NoTensorComm);
         let runner = ModelRunner::load(&Checkpoint::open(dir).unwrap(), &options, comm).unwrap();
         Engine::new(runner, Arc::new(NoText), EngineConfig::default()).unwrap()

@@ -234,7 +234,8 @@ impl Bench {
     fn worker_parts(&self) -> (Engine<Metered>, Records) {
         let dir = crate::tiny_model();
         let num_blocks = BATCH * MAX_SEQ_LEN.div_ceil(BLOCK_SIZE);
-        let options = LoadOptions { dtype: None, max_seq_len: MAX_SEQ_LEN, num_blocks };
+        let options =
+            LoadOptions { dtype: None, max_seq_len: MAX_SEQ_LEN, num_blocks, device: None };
         let runner =
             ModelRunner::load(&Checkpoint::open(&dir).unwrap(), &options, Arc::new(NoTensorComm))
                 .unwrap();

@@ -38,7 +38,7 @@ fn records(mode: Mode) -> Records {
 /// completions some have ended while others wait.
 fn engine() -> Engine<ModelRunner> {
     let dir = model_dir();
-    let options = LoadOptions { dtype: None, max_seq_len: 64, num_blocks: 16 };
+    let options = LoadOptions { dtype: None, max_seq_len: 64, num_blocks: 16, device: None };
     let runner =
         ModelRunner::load(&Checkpoint::open(&dir).unwrap(), &options, Arc::new(NoTensorComm))
             .unwrap();

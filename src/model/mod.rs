@@ -6,6 +6,7 @@ pub mod batch;
 pub mod checkpoint;
 pub mod config;
 pub mod decoder;
+pub mod device;
 pub mod families;
 pub mod kv_cache;
 pub mod layers;

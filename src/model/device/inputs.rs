@@ -1,10 +1,10 @@
 //! A step's integers, packed into one copy to the device.
 
+use crate::Result;
 use crate::device::attention::{BLOCK_SIZE, Plan, Shape};
 use crate::device::{Array, Device, Dtype};
 use crate::model::StepBatch;
 use crate::model::decoder::wanted_rows;
-use crate::Result;
 
 use super::rotations::TableRows;
 
@@ -160,8 +160,19 @@ impl Packed {
             at += len;
             buffer.slice(at - len..at)
         };
-        let [token_ids, positions, slots, sequence_of_row, table_rows, local_table_rows, wanted, first_row, num_rows, start_position, block_tables] =
-            self.shape.lengths().map(&mut take);
+        let [
+            token_ids,
+            positions,
+            slots,
+            sequence_of_row,
+            table_rows,
+            local_table_rows,
+            wanted,
+            first_row,
+            num_rows,
+            start_position,
+            block_tables,
+        ] = self.shape.lengths().map(&mut take);
         Ok(Inputs {
             token_ids,
             positions,

@@ -4,11 +4,11 @@ use std::cell::Cell;
 
 use half::{bf16, f16};
 
+use crate::Result;
 use crate::device::linear::Matrix;
 use crate::device::{Array, Device, Dtype, Element, ops};
 use crate::model::layers::Norm;
 use crate::model::weights::{Stored, Weight};
-use crate::Result;
 
 /// Moves weights, and counts them.
 pub struct Uploader<'a> {
