@@ -5,7 +5,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 DESCRIPTION := $(shell sed -n 's/^description = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 URL := $(shell sed -n 's/^\(repository\|homepage\) = "\(.*\)"/\2/p' Cargo.toml | head -n 1)
 
-# Settings: make install PREFIX=/apps/farm MPI_MODULE=openmpi/4.1; make build FEATURES=cuda,nccl
+# Settings: make install PREFIX=/apps/farm MPI_MODULE=openmpi/4.1; after make cuda: make install FARM_BIN=target/release/farm
 PREFIX ?= /usr/local
 DESTDIR ?=
 FEATURES ?=
@@ -16,7 +16,11 @@ CARGO ?= cargo
 FEATURE_FLAGS := $(if $(FEATURES),--features $(FEATURES))
 RELEASE := $(or $(CARGO_TARGET_DIR),target)/release/farm
 
-.PHONY: help build demo demo-finetune test kills bench install fmt lint doc clean
+# Kernels for GPUs run on the CPU in tests, where there is a C++ compiler to build them. Looked for when it is needed:
+# deps.sh may have installed one.
+EMULATOR = $$(command -v c++ > /dev/null && echo emulator)
+
+.PHONY: help build cuda demo demo-finetune test kills bench install fmt lint doc clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -26,15 +30,19 @@ build: ## the release binary, target/release/farm
 	@.ci/deps.sh build
 	$(CARGO) build --release --locked $(FEATURE_FLAGS)
 
+cuda: ## the same with CUDA and NCCL, without a GPU or a toolkit: CUDA_COMPUTE_CAP=80,90, CUDA=12 for V100
+	@.ci/deps.sh build
+	.ci/cuda.sh $(CARGO) build --release --locked --features cuda,nccl
+
 demo: build ## install what is missing, build, answer a few prompts on two ranks with the small model
 	@.ci/demo.sh $(RELEASE)
 
 demo-finetune: build ## the small model learns a new task on two ranks, in minutes: answers before and after
 	@.ci/demo-finetune.sh $(RELEASE)
 
-test: ## every test: unit, MPI by mpirun, and end to end on a Slurm cluster of this machine's own
+test: ## every test: unit, the GPU's kernels on the CPU, MPI by mpirun, a Slurm cluster of this machine's own
 	@.ci/deps.sh build test
-	$(CARGO) test --locked
+	$(CARGO) test --locked --features "$(EMULATOR)"
 
 kills: build ## the long tests of runs that are killed: thirty kills, short time limits (some ten minutes)
 	@.ci/deps.sh test
@@ -51,13 +59,14 @@ bench: ## the benchmarks
 fmt: ## format the sources
 	$(CARGO) fmt --all
 
-lint: ## clippy, warnings are errors
+lint: ## clippy, warnings are errors: without and with the code for GPUs (which needs no toolkit for that)
 	@.ci/deps.sh build
 	$(CARGO) clippy --locked --all-targets -- -D warnings
+	FARM_CUDA_CHECK=1 $(CARGO) clippy --locked --all-targets --features "cuda nccl $(EMULATOR)" -- -D warnings
 
 doc: ## the API documentation, warnings are errors
 	@.ci/deps.sh build
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps
+	RUSTDOCFLAGS="-D warnings" FARM_CUDA_CHECK=1 $(CARGO) doc --locked --no-deps --features "cuda nccl $(EMULATOR)"
 
 clean: ## remove what was built
 	$(CARGO) clean

@@ -3,7 +3,8 @@
 # what to install or load. Silent, and quick, when everything is there.
 #
 #   .ci/deps.sh build         Rust, a C compiler, MPI with its headers, libclang
-#   .ci/deps.sh build test    also Slurm, munge, PMIx, Lmod and iproute2, for the end-to-end tests
+#   .ci/deps.sh build test    also a C++ compiler, for the GPU's kernels on the CPU, and Slurm, munge, PMIx, Lmod and
+#                             iproute2, for the end-to-end tests
 #
 # Exit 1 when something that the build needs is missing. The tests' programs are a wish: without them those tests
 # skip themselves.
@@ -33,6 +34,7 @@ have_libclang() {
 }
 
 missing_for_test() {
+    have c++ || echo g++
     have slurmctld || echo slurmctld
     have slurmd || echo slurmd slurm-wlm-basic-plugins
     have srun || echo slurm-client
@@ -86,8 +88,8 @@ advise() {
         say "  on a cluster:         module load openmpi llvm   (names differ: module avail; any MPI 3 with mpicc)"
         say "  libclang elsewhere:   export LIBCLANG_PATH=/folder/of/libclang.so"
     else
-        say "  Fedora, RHEL, Rocky:  dnf install slurm-slurmctld slurm-slurmd munge pmix Lmod iproute-tc"
-        say "  SUSE:                 zypper install slurm slurm-node munge pmix lua-lmod iproute2"
+        say "  Fedora, RHEL, Rocky:  dnf install gcc-c++ slurm-slurmctld slurm-slurmd munge pmix Lmod iproute-tc"
+        say "  SUSE:                 zypper install gcc-c++ slurm slurm-node munge pmix lua-lmod iproute2"
     fi
 }
 

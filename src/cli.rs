@@ -33,8 +33,8 @@ pub mod values;
 mod tests;
 
 pub use choices::{
-    AdapterFormat, Dtype, GenerationConfigSource, KernelTier, LogFormat, PromptsFormat, Quantize,
-    ScheduleName, StageFallback,
+    AdapterFormat, DeviceKind, Dtype, GenerationConfigSource, KernelTier, LogFormat, PromptsFormat,
+    Quantize, ScheduleName, StageFallback,
 };
 pub use finetune::{DataArgs, FinetuneArgs, FinetuneOutputArgs, Layers, LoraArgs, TrainingArgs};
 pub use given::{GivenFlag, flag_word, given_flags};
@@ -317,7 +317,19 @@ pub struct WeightsArgs {
     /// It takes the place of the model's own, and its chat template, if it has one, too.
     #[arg(long, env = "FARM_TOKENIZER", value_name = "FILE|DIR")]
     pub tokenizer: Option<PathBuf>,
-    /// Type of the weights in memory; auto keeps the checkpoint's (arithmetic is f32)
+    /// What to compute on; auto takes a GPU where there is one that this farm can use
+    ///
+    /// A rank takes one GPU of those that its node shows it (CUDA_VISIBLE_DEVICES, Slurm's
+    /// --gpus-per-node). cuda is an error, with the reason, where auto would take the CPU.
+    #[arg(long, env = "FARM_DEVICE", value_name = "DEVICE", default_value = "auto")]
+    pub device: DeviceKind,
+    /// Let several ranks of a node compute on one GPU
+    #[arg(long, env = "FARM_SHARE_DEVICE", value_parser = BoolishValueParser::new())]
+    pub share_device: bool,
+    /// Type of the weights in memory; auto keeps the checkpoint's
+    ///
+    /// On a CPU all arithmetic is f32. A GPU computes in this type, with sums in f32; one that
+    /// has no bf16 (below compute capability 8.0) takes f16 instead and says so.
     #[arg(long, env = "FARM_DTYPE", value_name = "DTYPE", default_value = "auto")]
     pub dtype: Dtype,
     /// Quantize the weights while loading, by llama.cpp's block formats, to save memory
@@ -347,17 +359,15 @@ pub struct ModelArgs {
     #[arg(long, env = "FARM_ADAPTER", value_name = "[NAME=]PATH")]
     #[arg(value_parser = values::adapter())]
     pub adapter: Vec<AdapterSource>,
-    /// Most records that a rank works on at once
-    #[arg(long, env = "FARM_MAX_BATCH_SIZE", value_name = "N", default_value_t = DEFAULT_BATCH_SIZE)]
-    #[arg(value_parser = one_to(1 << 16))]
-    pub max_batch_size: usize,
+    /// Most records that a rank works on at once [default: 32, on a GPU 256]
+    #[arg(long, env = "FARM_MAX_BATCH_SIZE", value_name = "N", value_parser = one_to(1 << 16))]
+    pub max_batch_size: Option<usize>,
     /// Longest sequence, prompt and new tokens together [default: the model's context]
     #[arg(long, env = "FARM_MAX_SEQ_LEN", value_name = "N", value_parser = at_least_one())]
     pub max_seq_len: Option<usize>,
-    /// Most tokens in one step of the model; longer prompts are taken in chunks
-    #[arg(long, env = "FARM_MAX_BATCHED_TOKENS", value_name = "N", default_value_t = 512)]
-    #[arg(value_parser = one_to(1 << 20))]
-    pub max_batched_tokens: usize,
+    /// Most tokens in one step; longer prompts come in chunks [default: 512, on a GPU 4096]
+    #[arg(long, env = "FARM_MAX_BATCHED_TOKENS", value_name = "N", value_parser = one_to(1 << 20))]
+    pub max_batched_tokens: Option<usize>,
     /// Memory of a rank's KV cache, as 8GiB [default: from the batch size and free memory]
     #[arg(long, env = "FARM_KV_CACHE_MEMORY", value_name = "BYTES", value_parser = bytes)]
     pub kv_cache_memory: Option<u64>,
@@ -439,7 +449,7 @@ pub struct LogArgs {
 }
 
 impl WeightsArgs {
-    /// What matrices are converted to; `None` leaves them as they are. (All arithmetic on the
+    /// What matrices are converted to; `None` leaves them as they are. (All arithmetic on a
     /// CPU is f32; half-precision weights are widened exactly.)
     pub fn dtype_in_memory(&self) -> Option<WeightDtype> {
         if let Some(quantize) = self.quantize {
@@ -458,6 +468,33 @@ impl WeightsArgs {
     }
 }
 
+/// How much a rank takes at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BatchLimits {
+    /// Most sequences.
+    pub sequences: usize,
+    /// Most tokens in one step.
+    pub tokens: usize,
+}
+
+impl BatchLimits {
+    /// On a CPU unless told otherwise.
+    pub const ON_CPU: Self = Self { sequences: 32, tokens: 512 };
+    /// On a GPU, which reads its weights as fast for hundreds of sequences as for one.
+    pub const ON_DEVICE: Self = Self { sequences: 256, tokens: 4096 };
+}
+
+impl ModelArgs {
+    /// The flags, else the defaults of what is computed on.
+    pub fn batch_limits(&self, on_device: bool) -> BatchLimits {
+        let default = if on_device { BatchLimits::ON_DEVICE } else { BatchLimits::ON_CPU };
+        BatchLimits {
+            sequences: self.max_batch_size.unwrap_or(default.sequences),
+            tokens: self.max_batched_tokens.unwrap_or(default.tokens),
+        }
+    }
+}
+
 impl OutputArgs {
     /// The progress to show: none under `--quiet`.
     pub fn progress(&self, log: &LogArgs) -> ProgressMode {
@@ -469,9 +506,6 @@ impl OutputArgs {
         self.stats || self.progress(log) != ProgressMode::None
     }
 }
-
-/// Records that a rank works on at once unless told otherwise.
-pub const DEFAULT_BATCH_SIZE: usize = 32;
 
 /// Where models are staged unless told otherwise.
 pub const DEFAULT_STAGE_DIR: &str = "/dev/shm";

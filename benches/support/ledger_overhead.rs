@@ -179,6 +179,8 @@ impl Bench {
         let facts = Launch {
             farm_version: "bench".into(),
             kernel_tier: farm::kernels::tier().name().into(),
+            device_kinds: "cpu".into(),
+            devices: "cpu".into(),
             slurm_job_id: None,
             ranks: 1,
             host: "localhost".into(),

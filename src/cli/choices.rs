@@ -39,6 +39,21 @@ pub enum Dtype {
     F16,
 }
 
+/// `--device`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DeviceKind {
+    /// A GPU where there is one that this farm can use.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A GPU, else an error.
+    Cuda,
+    /// GPU kernels on the CPU, for tests: slow.
+    #[cfg(feature = "emulator")]
+    #[value(hide = true)]
+    Emulator,
+}
+
 /// `--quantize`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Quantize {

@@ -116,6 +116,27 @@ fn values_arrive() {
 }
 
 #[test]
+fn what_is_taken_at_once_depends_on_the_device_where_no_flag_says() {
+    let limits = |flags: &[&str], on_device| {
+        let BatchLimits { sequences, tokens } =
+            generate(flags).unwrap().model.batch_limits(on_device);
+        (sequences, tokens)
+    };
+    assert_eq!((limits(&[], false), limits(&[], true)), ((32, 512), (256, 4096)));
+    let given = ["--max-batch-size", "8", "--max-batched-tokens", "64"];
+    assert_eq!((limits(&given, false), limits(&given, true)), ((8, 64), (8, 64)));
+}
+
+#[test]
+fn devices_have_names() {
+    let device = |name: &str| generate(&["--device", name]).map(|args| args.model.weights.device);
+    assert_eq!(generate(&[]).unwrap().model.weights.device, DeviceKind::Auto);
+    assert_eq!(device("cuda").unwrap(), DeviceKind::Cuda);
+    let error = device("gpu").unwrap_err().to_string();
+    assert!(error.contains("[possible values: auto, cpu, cuda]"), "{error}");
+}
+
+#[test]
 fn what_is_out_of_range_is_a_usage_error() {
     for wrong in [
         "--temperature=-0.1",

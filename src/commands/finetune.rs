@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::cli::FinetuneArgs;
 use crate::comm::{Communicator, HostTensorComm, Topology, agree, broadcast_vec};
 use crate::commands::deadline::Deadline;
+use crate::commands::device::Devices;
 use crate::commands::generate::{pin_kernels, sources, stage_model};
 use crate::commands::launch::Rank;
 use crate::commands::signals::StopSignal;
@@ -31,6 +32,8 @@ use training::Training;
 pub struct Shared<'a> {
     /// The ranks.
     pub rank: &'a Rank,
+    /// What they compute on.
+    pub devices: &'a Devices,
     /// Whether a signal asked to stop.
     pub stop: &'a StopSignal,
     /// When the job ends.
@@ -67,9 +70,10 @@ pub fn run(args: &FinetuneArgs, rank: &Rank) -> Result<i32> {
     let trials = sweep::trials(args)?;
     let groups = sweep::Groups::new(&rank.world, args.parallelism.tensor_parallel, trials.len())?;
     let topology = Topology::new(rank.world.clone(), args.parallelism.tensor_parallel)?;
+    let devices = &Devices::choose(&args.model, rank, &topology)?;
     let mut held = None;
     let plans = together(world, || {
-        let (plans, member) = plan::plan(args, &trials, rank, start)?;
+        let (plans, member) = plan::plan(args, &trials, rank, devices, start)?;
         held = Some(member);
         Ok(plans)
     })?;
@@ -83,7 +87,7 @@ pub fn run(args: &FinetuneArgs, rank: &Rank) -> Result<i32> {
     let staged = stage_model(&args.staging, sources(&args.model), &topology)?;
     let checkpoint = agree(world, Checkpoint::open(&staged.model_path))?;
     let deadline = plans[0].deadline;
-    let shared = Shared { rank, stop, deadline, start, train, validation, checkpoint };
+    let shared = Shared { rank, devices, stop, deadline, start, train, validation, checkpoint };
     let outcomes = sweep::run(&groups, &trials, &plans, |trial, plan, comm| {
         let topology = Topology::new(comm, args.parallelism.tensor_parallel)?;
         Training::new(&shared, &trial.args, plan, topology)?.run()

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::cli::{self, GenerateArgs, ScoreArgs};
+use crate::cli::{self, BatchLimits, GenerateArgs, ScoreArgs};
 use crate::comm::{Communicator, Topology, agree, broadcast_vec};
 use crate::commands::deadline::{Deadline, Measured};
+use crate::commands::device::Devices;
 use crate::commands::launch::Rank;
 use crate::commands::load::{Decoder, Loaded, load};
 use crate::commands::plan::{RunOwner, RunPlan, Session, now_unix_seconds, plan};
@@ -19,6 +20,7 @@ use crate::commands::records::Records;
 use crate::commands::signals::StopSignal;
 use crate::commands::summary::{self, Phases};
 use crate::commands::work::{Metered, Worker, progress_state};
+use crate::device::usage::DeviceUsage;
 use crate::engine::{Engine, EngineConfig, Mode};
 use crate::error::{EXIT_SOME_RECORDS_FAILED, say};
 use crate::ledger::claims::ClaimsConfig;
@@ -168,7 +170,8 @@ impl Job {
         events.emit(start.elapsed(), events::START, json!({ "ranks": world.size() }));
 
         let topology = Topology::new(rank.world.clone(), self.parallelism.tensor_parallel)?;
-        let (plan, mut owner) = self.plan_together(rank, start)?;
+        let devices = Devices::choose(&self.model.weights, rank, &topology)?;
+        let (plan, mut owner) = self.plan_together(rank, &devices, start)?;
         let attached = owner.as_ref().map_or(Ok(()), |_| events.attach(&plan.run_dir));
         agree(world, attached)?;
         if let Some(owner) = &owner {
@@ -187,7 +190,7 @@ impl Job {
         let asked = if stop.is_set() { Err(interrupted()) } else { Ok(()) };
         agree(world, asked)?;
 
-        let loaded = load(self, rank, &topology, &plan, &staged)?;
+        let loaded = load(self, rank, &topology, &devices, &plan, &staged)?;
         phases.ready_at_seconds = start.elapsed().as_secs_f64();
         phases.load_seconds = phases.ready_at_seconds - phases.start_seconds - phases.stage_seconds;
         phases.weight_bytes = loaded.runner.weight_bytes();
@@ -209,15 +212,20 @@ impl Job {
             job: self,
             rank,
             topology,
+            devices: &devices,
+            limits: devices.batch_limits(&self.model),
             plan: &plan,
             stop: &stop,
             deadline: &deadline,
             oom,
             start,
         };
+        let watch = devices.watch();
         let outcome = run.work(loaded, owner.as_mut(), &mut meter, &mut events);
+        let usage = watch.finish();
         // Statistics are written also after a failure; its error counts more than theirs.
-        let closed = run.close(rank, owner.as_ref(), &staged, &phases, meter, events, &outcome);
+        let closed =
+            run.close(rank, owner.as_ref(), &staged, &phases, usage, meter, events, &outcome);
         staged.finish(topology);
         // A fault on any rank counts more than that the run stopped for it.
         let ended = agree(world, outcome.and_then(|ended| closed.map(|()| ended)))?;
@@ -226,10 +234,15 @@ impl Job {
 
     /// Rank 0 plans; all get the plan or the error, which is no matter of rank 0: its
     /// message stays without it.
-    fn plan_together(&self, rank: &Rank, start: Instant) -> Result<(RunPlan, Option<RunOwner>)> {
+    fn plan_together(
+        &self,
+        rank: &Rank,
+        devices: &Devices,
+        start: Instant,
+    ) -> Result<(RunPlan, Option<RunOwner>)> {
         let world = &*rank.world;
         let planned = match world.rank() {
-            0 => plan(self, rank, start).map(Some),
+            0 => plan(self, rank, devices, start).map(Some),
             _ => Ok(None),
         };
         let (plan, owner) = match planned {
@@ -347,7 +360,7 @@ fn model_cost(runner: &ModelRunner) -> ModelCost {
         heads.heads,
         heads.kv_heads,
         heads.head_dim,
-        size_of::<f32>(),
+        runner.kv_value_bytes(),
     )
 }
 
@@ -387,6 +400,8 @@ struct Run<'a> {
     job: &'a Job,
     rank: &'a Rank,
     topology: &'a Topology,
+    devices: &'a Devices,
+    limits: BatchLimits,
     plan: &'a RunPlan,
     stop: &'a StopSignal,
     deadline: &'a Deadline,
@@ -425,7 +440,7 @@ impl Run<'_> {
                     run_key: &self.plan.run_key,
                     waiting: VecDeque::new(),
                     in_work: HashMap::new(),
-                    slots: self.job.model.max_batch_size,
+                    slots: self.limits.sequences,
                     meter,
                     events: &mut *events,
                     progress: None,
@@ -505,8 +520,8 @@ impl Run<'_> {
         eos_token_ids: Vec<u32>,
     ) -> Result<Engine<Metered>> {
         let config = EngineConfig {
-            max_batch_size: self.job.model.max_batch_size,
-            max_batched_tokens: self.job.model.max_batched_tokens,
+            max_batch_size: self.limits.sequences,
+            max_batched_tokens: self.limits.tokens,
             eos_token_ids,
             ..EngineConfig::default()
         };
@@ -543,7 +558,7 @@ impl Run<'_> {
             claim_records: owner.run.file().claim_records,
             run_key: self.plan.run_key.clone(),
             retry: self.job.retry,
-            take_records: (2 * self.job.model.max_batch_size * leaders.size()) as u64,
+            take_records: (2 * self.limits.sequences * leaders.size()) as u64,
         };
         let stored = Some(journals.lines()?);
         let journals = Box::new(journals);
@@ -579,6 +594,7 @@ impl Run<'_> {
         owner: Option<&RunOwner>,
         staged: &Staged,
         phases: &Phases,
+        usage: DeviceUsage,
         meter: Meter,
         events: EventLog,
         outcome: &Result<Ended>,
@@ -587,10 +603,12 @@ impl Run<'_> {
             job: self.job,
             rank,
             topology: self.topology,
+            devices: self.devices,
             plan: self.plan,
             owner,
             staged,
             phases,
+            usage,
             ended: outcome.as_ref().ok().copied().unwrap_or_default(),
             total_seconds: self.start.elapsed().as_secs_f64(),
         };

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::cli::{DEFAULT_BATCH_SIZE, InspectArgs};
+use crate::cli::{BatchLimits, InspectArgs};
 use crate::commands::{footprint, load, print};
 use crate::model::ModelConfig;
 use crate::model::checkpoint::{Contents, Format, StoredDtype};
@@ -176,7 +176,7 @@ fn inspect(args: &InspectArgs) -> Result<Inspection> {
         context_length: config.as_ref().map(ModelConfig::max_context),
         vocab_size: config.as_ref().map(|config| config.vocab_size),
         tokenizer,
-        batch_size: DEFAULT_BATCH_SIZE,
+        batch_size: BatchLimits::ON_CPU.sequences,
         memory: config.as_ref().map(|config| memory(config, &contents)).unwrap_or_default(),
         tensors: args.tensors.then(|| tensors(&contents)),
         problems,
@@ -343,7 +343,7 @@ fn memory(config: &ModelConfig, contents: &Contents) -> Vec<RankMemory> {
         tensor_parallel: size,
         weight_bytes: footprint::weights(config, &contents.tensors, None, size).bytes,
         kv_sequence_bytes: kv(size, 1),
-        kv_batch_bytes: kv(size, DEFAULT_BATCH_SIZE),
+        kv_batch_bytes: kv(size, BatchLimits::ON_CPU.sequences),
     };
     sizes.filter(works).map(of_size).collect()
 }

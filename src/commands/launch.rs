@@ -91,9 +91,6 @@ fn on_processes(
     let prepared =
         logging::init(start.log.log_format, start.log.quiet, (comm.size() > 1).then(name))
             .map(|()| RankCpus::probe(&job));
-    if comm.rank() == 0 && job.gpus_on_node.is_some_and(|gpus| gpus > 0) {
-        tracing::warn!("this job holds GPUs, but this farm computes on the CPU");
-    }
     let run = || {
         let cpus = agree(&*comm, prepared)?;
         let threads = agree(&*comm, start_threads(start, &*comm.split_shared_memory(), &cpus))?;

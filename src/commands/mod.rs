@@ -5,6 +5,7 @@
 //! [`summary`].
 
 pub mod deadline;
+pub mod device;
 pub mod finetune;
 pub mod footprint;
 pub mod generate;

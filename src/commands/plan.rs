@@ -10,6 +10,7 @@ use serde_json::json;
 
 use crate::cli::{self, GenerationConfigSource};
 use crate::commands::deadline::{Deadline, job_seconds_left};
+use crate::commands::device::Devices;
 use crate::commands::generate::Job;
 use crate::commands::launch::Rank;
 use crate::commands::load;
@@ -183,12 +184,17 @@ pub fn check(job: &Job) -> Result<Checked> {
 /// # Errors
 /// Input and usage errors that name the file, the flag or the difference to the run
 /// that the directory holds.
-pub fn plan(job: &Job, rank: &Rank, start: Instant) -> Result<(RunPlan, RunOwner)> {
+pub fn plan(
+    job: &Job,
+    rank: &Rank,
+    devices: &Devices,
+    start: Instant,
+) -> Result<(RunPlan, RunOwner)> {
     let job_seconds_left = job_seconds_left(&rank.job);
     let now_seconds = start.elapsed().as_secs_f64();
     let deadline = Deadline::new(job.run.time_limit, job_seconds_left, now_seconds);
     let mut checked = check(job)?;
-    let launch = this_launch(rank);
+    let launch = this_launch(rank, devices);
     let run = open_run(job, &checked, launch.clone())?;
     checked.prompts.keep_in(run.path())?;
     let (session, resumed) = join(job, rank, &run, &launch)?;
@@ -209,10 +215,12 @@ pub fn plan(job: &Job, rank: &Rank, start: Instant) -> Result<(RunPlan, RunOwner
 }
 
 /// What this launch records of itself.
-pub fn this_launch(rank: &Rank) -> ledger::Launch {
+pub fn this_launch(rank: &Rank, devices: &Devices) -> ledger::Launch {
     ledger::Launch {
         farm_version: env!("CARGO_PKG_VERSION").to_owned(),
         kernel_tier: kernels::tier().name().to_owned(),
+        device_kinds: devices.kinds(),
+        devices: devices.summary(),
         slurm_job_id: rank.job.job_id.map(|id| id.to_string()),
         ranks: rank.world.size(),
         host: rank.world.host().to_owned(),
@@ -251,7 +259,7 @@ fn join(
 ) -> Result<(Session, Resumed)> {
     let (membership, mut claims) =
         Membership::join(run.path(), job_ref(rank), launch, evidence(), job.claims_config())?;
-    warn_of_other_versions(&mut claims, launch)?;
+    warn_of_other_floats(&mut claims, launch)?;
     let run_key = run.file().identity.short_key();
     let mut journals = Journals::new(&RunDir::journal_of(run.path()), &run_key);
     let owners = claims.owners(0.0)?.into_iter();
@@ -296,21 +304,26 @@ fn user_id() -> u32 {
     rustix::process::getuid().as_raw()
 }
 
-fn warn_of_other_versions(claims: &mut Claims, launch: &ledger::Launch) -> Result<()> {
-    let mut versions: Vec<String> = claims
-        .owners(0.0)?
-        .into_iter()
-        .filter_map(|seen| serde_json::from_value::<ledger::Launch>(seen.file.owner.facts).ok())
-        .map(|launch| launch.farm_version)
-        .filter(|version| *version != launch.farm_version)
-        .collect();
-    versions.sort();
-    versions.dedup();
-    for version in versions {
-        tracing::warn!(
-            "farm's version: {version} earlier in the run, {} now; floating point may differ",
-            launch.farm_version
-        );
+/// Says in what other launches of the run differ so that their floating point may, too.
+fn warn_of_other_floats(claims: &mut Claims, launch: &ledger::Launch) -> Result<()> {
+    let owners = claims.owners(0.0)?.into_iter();
+    let launches: Vec<ledger::Launch> =
+        owners.filter_map(|seen| serde_json::from_value(seen.file.owner.facts).ok()).collect();
+    type Fact = fn(&ledger::Launch) -> &str;
+    let facts: [(&str, Fact); 2] = [
+        ("farm's version", |launch| &launch.farm_version),
+        ("computed on", |launch| &launch.device_kinds),
+    ];
+    for (name, fact) in facts {
+        let now = fact(launch);
+        let mut others: Vec<&str> = launches.iter().map(fact).filter(|o| *o != now).collect();
+        others.sort_unstable();
+        others.dedup();
+        for other in others {
+            tracing::warn!(
+                "{name}: {other} earlier in the run, {now} now; floating point may differ"
+            );
+        }
     }
     Ok(())
 }

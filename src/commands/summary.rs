@@ -3,9 +3,11 @@
 
 use crate::Result;
 use crate::comm::Topology;
+use crate::commands::device::Devices;
 use crate::commands::generate::{Ended, Job};
 use crate::commands::launch::Rank;
 use crate::commands::plan::{RunOwner, RunPlan};
+use crate::device::usage::DeviceUsage;
 use crate::error::say;
 use crate::kernels;
 use crate::stage::Staged;
@@ -44,6 +46,8 @@ pub struct Facts<'a> {
     pub rank: &'a Rank,
     /// Its groups.
     pub topology: &'a Topology,
+    /// What the ranks compute on.
+    pub devices: &'a Devices,
     /// The run.
     pub plan: &'a RunPlan,
     /// At rank 0.
@@ -52,6 +56,8 @@ pub struct Facts<'a> {
     pub staged: &'a Staged,
     /// This rank's phases.
     pub phases: &'a Phases,
+    /// What its device did while it worked.
+    pub usage: DeviceUsage,
     /// How the run ended, as rank 0 knows; nothing written after a failure.
     pub ended: Ended,
     /// Seconds since the start.
@@ -66,6 +72,7 @@ pub struct Facts<'a> {
 pub fn close(facts: &Facts, meter: Meter, mut events: EventLog) -> Result<()> {
     let world = &*facts.rank.world;
     let mut report = RankReport { stats: rank_stats(facts), events: Vec::new() };
+    report.stats.set_device_usage(&facts.usage);
     meter.fill(&mut report.stats);
     if world.rank() > 0 {
         report.events = events.events().to_vec();
@@ -100,8 +107,11 @@ fn rank_stats(facts: &Facts) -> RankStats {
         host: topology.world.host().to_owned(),
         tensor_parallel_group: topology.layout.group(rank),
         tensor_parallel_rank: topology.tensor_parallel.rank(),
-        device: "cpu".to_owned(),
+        device: facts.devices.own.name().to_owned(),
+        device_kind: facts.devices.own.kind().to_owned(),
         kernel_tier: Some(kernels::tier().name().to_owned()),
+        device_is_counted_elsewhere: facts.devices.is_counted_elsewhere(),
+        device_memory_bytes: facts.devices.memory_bytes(),
         threads: facts.rank.threads,
         start_seconds: phases.start_seconds,
         stage_seconds: phases.stage_seconds,
@@ -125,6 +135,7 @@ fn job_facts(facts: &Facts) -> JobFacts {
         model: facts.job.model.weights.model.display().to_string(),
         started_unix_seconds: facts.plan.started_unix_seconds,
         slurm: facts.rank.job.clone(),
+        devices: facts.devices.summary(),
         nodes: facts.topology.num_nodes,
         tensor_parallel: facts.topology.tensor_parallel.size(),
         records_total: facts.ended.records_total,

@@ -23,7 +23,7 @@ pub const DIRECT_ROWS: usize = 64;
 /// Rows an expert up to which the kernel for few is better: it reads an expert's weights for
 /// every four of its rows.
 const FEW_ROWS: usize = 4;
-/// Rows of weights of a block: TILE_ROWS of kernels/tiles.cuh.
+/// Rows of weights of a block: TILE_ROWS of kernels/weight_tiles.cuh.
 const TILE_ROWS: usize = 128;
 /// Bytes of the experts' results before they are summed; more rows go in turns.
 const RESULT_BYTES: usize = 128 << 20;

@@ -10,6 +10,7 @@
 
 pub mod array;
 pub mod attention;
+pub mod choice;
 pub mod collectives;
 #[cfg(feature = "emulator")]
 pub mod emulator;
@@ -20,10 +21,13 @@ pub mod linear;
 pub mod nccl;
 #[cfg(feature = "cuda")]
 pub mod nvidia;
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+pub mod nvml;
 pub mod ops;
 pub mod sampling;
 #[cfg(all(test, feature = "emulator"))]
 pub mod testing;
+pub mod usage;
 
 use std::sync::Arc;
 
@@ -33,6 +37,7 @@ pub use gemm::Gemm;
 
 use crate::{Error, Result};
 use array::Allocation;
+use choice::{Built, NoDevice, Visible};
 
 /// What a device is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -395,6 +400,51 @@ impl Graph {
     pub fn replay(&self) -> Result<()> {
         self.0.replay()
     }
+}
+
+/// The GPUs that the driver shows to this process.
+///
+/// # Errors
+/// Why there can be none. (A driver that shows none is an empty list.)
+#[cfg(feature = "cuda")]
+pub fn visible() -> Result<Vec<Visible>, NoDevice> {
+    nvidia::cards()
+}
+
+/// The GPUs that the driver shows to this process.
+///
+/// # Errors
+/// Always: there is no code for a driver in this farm.
+#[cfg(not(feature = "cuda"))]
+pub fn visible() -> Result<Vec<Visible>, NoDevice> {
+    Err(NoDevice::NotBuilt)
+}
+
+/// Opens a GPU of [`visible`], by its ordinal.
+///
+/// # Errors
+/// See [`nvidia::open`].
+#[cfg(feature = "cuda")]
+pub fn open(ordinal: usize) -> Result<Device> {
+    nvidia::open(ordinal)
+}
+
+/// Opens a GPU of [`visible`], by its ordinal.
+///
+/// # Errors
+/// Always: there is no code for a driver in this farm.
+#[cfg(not(feature = "cuda"))]
+pub fn open(ordinal: usize) -> Result<Device> {
+    Err(Error::fault(format!("GPU {ordinal}: {}", NoDevice::NotBuilt)))
+}
+
+/// The cards that the kernels were compiled for.
+pub fn built() -> Built {
+    #[cfg(feature = "cuda")]
+    let list = nvidia::BUILT_FOR;
+    #[cfg(not(feature = "cuda"))]
+    let list = "";
+    Built::parse(list)
 }
 
 /// Blocks of `threads` for `len` items.

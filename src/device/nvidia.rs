@@ -7,7 +7,7 @@
 //! next is filled, by several threads, from the mapped file.
 
 use std::collections::HashMap;
-use std::ffi::{CString, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::cublas::{result as cublas, sys as blas};
@@ -15,6 +15,7 @@ use cudarc::driver::result::{self as cuda, DriverError};
 use cudarc::driver::sys;
 use rayon::prelude::*;
 
+use super::choice::{NoDevice, Visible};
 use super::gemm::Call;
 use super::{Device, Driver, Dtype, Launch, Properties, Replay};
 use crate::{Error, Result};
@@ -36,63 +37,78 @@ const FILL_BYTES: usize = 1 << 20;
 /// Hopper (cuBLAS's documentation, "cublasSetWorkspace").
 const WORKSPACE_BYTES: usize = 32 << 20;
 
-/// A GPU as the driver shows it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Card {
-    /// What it is.
-    pub properties: Properties,
-    /// The driver's 16 bytes, as nvidia-smi prints them.
-    pub uuid: String,
-}
-
-/// The GPUs that the driver shows this process, by ordinal; `None` without a driver.
+/// The GPUs that the driver shows this process, by ordinal.
 ///
 /// # Errors
-/// A driver that does not start.
-pub fn cards() -> Result<Option<Vec<Card>>> {
+/// No driver, or one that does not start.
+pub fn cards() -> Result<Vec<Visible>, NoDevice> {
     // SAFETY: looks for the library and nothing more.
     if !unsafe { sys::is_culib_present() } {
-        return Ok(None);
+        return Err(NoDevice::NoDriver("libcuda.so.1 is not found".into()));
     }
-    match cuda::init() {
-        Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return Ok(Some(Vec::new())),
-        started => started.map_err(|error| fault("the CUDA driver does not start", error))?,
-    }
-    let count = cuda::device::get_count().map_err(|error| fault("counting devices", error))?;
-    (0..count).map(card).collect::<Result<Vec<_>>>().map(Some)
-}
-
-fn card(ordinal: c_int) -> Result<Card> {
-    let read = || -> std::result::Result<Card, DriverError> {
-        use sys::CUdevice_attribute_enum as attribute;
-        let device = cuda::device::get(ordinal)?;
-        // SAFETY: a device that the driver has just named.
-        let of = |which| unsafe { cuda::device::get_attribute(device, which) };
-        let properties = Properties {
-            name: cuda::device::get_name(device)?,
-            compute_capability: (
-                of(attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? as u32,
-                of(attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)? as u32,
-            ),
-            multiprocessors: of(attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
-            // SAFETY: as above.
-            memory_bytes: unsafe { cuda::device::total_mem(device)? } as u64,
-            shared_bytes_a_block: of(
-                attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
-            )? as usize,
-            emulated: false,
-        };
-        let uuid = cuda::device::get_uuid(device)?.bytes.map(|byte| byte as u8);
-        Ok(Card { properties, uuid: uuid_text(&uuid) })
+    let failed = |what: &str| {
+        let what = what.to_owned();
+        move |error| NoDevice::Failed(fault(&what, error).message)
     };
-    read().map_err(|error| fault(&format!("device {ordinal}"), error))
+    match cuda::init() {
+        Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return Ok(Vec::new()),
+        started => started.map_err(failed("the CUDA driver does not start"))?,
+    }
+    let count = cuda::device::get_count().map_err(failed("counting devices"))?;
+    (0..count).map(|n| card(n).map_err(failed(&format!("device {n}")))).collect()
 }
 
-/// As nvidia-smi prints it: `GPU-` and groups of 8, 4, 4, 4 and 12 digits.
-fn uuid_text(bytes: &[u8; 16]) -> String {
-    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    let groups = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]];
-    format!("GPU-{}", groups.join("-"))
+fn card(ordinal: c_int) -> Result<Visible, DriverError> {
+    let device = cuda::device::get(ordinal)?;
+    let properties = properties(device)?;
+    let mut visible = Visible {
+        ordinal: ordinal as usize,
+        uuid: None,
+        pci_bus_id: pci_bus_id(device),
+        name: properties.name,
+        compute_capability: properties.compute_capability,
+        memory_bytes: properties.memory_bytes,
+        emulated: false,
+    };
+    visible.uuid = uuid(device).and_then(|bytes| Visible::uuid_text(bytes, visible.is_slice()));
+    Ok(visible)
+}
+
+fn properties(device: sys::CUdevice) -> Result<Properties, DriverError> {
+    use sys::CUdevice_attribute_enum as attribute;
+    // SAFETY: a device that the driver has named.
+    let of = |which| unsafe { cuda::device::get_attribute(device, which) };
+    Ok(Properties {
+        name: cuda::device::get_name(device)?,
+        compute_capability: (
+            of(attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? as u32,
+            of(attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)? as u32,
+        ),
+        multiprocessors: of(attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
+        // SAFETY: as above.
+        memory_bytes: unsafe { cuda::device::total_mem(device)? } as u64,
+        shared_bytes_a_block: of(attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
+            as usize,
+        emulated: false,
+    })
+}
+
+/// A slice's own; the first version of this call gives that of its card.
+fn uuid(device: sys::CUdevice) -> Option<[u8; 16]> {
+    let mut uuid = sys::CUuuid { bytes: [0; 16] };
+    // SAFETY: a device that the driver has named.
+    unsafe { sys::cuDeviceGetUuid_v2(&mut uuid, device) }.result().ok()?;
+    Some(uuid.bytes.map(|byte| byte as u8))
+}
+
+/// Where the card is plugged in, as `0000:17:00.0`.
+fn pci_bus_id(device: sys::CUdevice) -> Option<String> {
+    let mut text = [0 as c_char; 32];
+    // SAFETY: a device that the driver has named, and a buffer of that length.
+    let found = unsafe { sys::cuDeviceGetPCIBusId(text.as_mut_ptr(), text.len() as c_int, device) };
+    found.result().ok()?;
+    // SAFETY: the driver has written a string that ends within the buffer.
+    Some(unsafe { CStr::from_ptr(text.as_ptr()) }.to_string_lossy().into_owned())
 }
 
 /// Opens a GPU of [`cards`], by its ordinal.
@@ -100,7 +116,8 @@ fn uuid_text(bytes: &[u8; 16]) -> String {
 /// # Errors
 /// One for which the kernels were not compiled; no cuBLAS; a fault of the driver.
 pub fn open(ordinal: usize) -> Result<Device> {
-    let card = card(ordinal as c_int)?;
+    let device = cuda::device::get(ordinal as c_int).map_err(|e| fault("opening it", e))?;
+    let properties = properties(device).map_err(|e| fault("its properties", e))?;
     // SAFETY: looks for the library and nothing more.
     if !unsafe { blas::is_culib_present() } {
         return Err(Error::input(
@@ -108,7 +125,7 @@ pub fn open(ordinal: usize) -> Result<Device> {
              folder to LD_LIBRARY_PATH",
         ));
     }
-    let nvidia = Nvidia::open(ordinal as c_int, card.properties)?;
+    let nvidia = Nvidia::open(ordinal as c_int, properties)?;
     Ok(Device::new(Arc::new(nvidia)))
 }
 

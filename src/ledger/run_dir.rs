@@ -97,6 +97,12 @@ pub struct Launch {
     pub farm_version: String,
     /// The CPU kernels' tier (all give the same bits).
     pub kernel_tier: String,
+    /// Kinds of what the ranks compute on: `cpu`, `cuda`. Between kinds floating point differs.
+    #[serde(default = "cpu")]
+    pub device_kinds: String,
+    /// The devices: `4 × NVIDIA H200`.
+    #[serde(default = "cpu")]
+    pub devices: String,
     /// Slurm's job id.
     pub slurm_job_id: Option<String>,
     /// Number of ranks.
@@ -105,6 +111,11 @@ pub struct Launch {
     pub host: String,
     /// Seconds since 1970.
     pub started_unix_seconds: u64,
+}
+
+/// What launches before there were devices computed on.
+fn cpu() -> String {
+    "cpu".to_owned()
 }
 
 /// `run.json`.
@@ -348,6 +359,8 @@ mod tests {
         Launch {
             farm_version: "0.1.0".into(),
             kernel_tier: "avx2".into(),
+            device_kinds: cpu(),
+            devices: cpu(),
             slurm_job_id: None,
             ranks: 2,
             host: "node1".into(),

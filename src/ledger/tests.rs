@@ -90,6 +90,8 @@ fn join(
     let facts = Launch {
         farm_version: "0.1.0".into(),
         kernel_tier: "scalar".into(),
+        device_kinds: "cpu".into(),
+        devices: "cpu".into(),
         slurm_job_id: None,
         ranks: comm.size(),
         host: "node1".into(),

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::device::usage::DeviceUsage;
+
 /// One rank's figures. Seconds since the job's start end in `_at_seconds`.
 ///
 /// In a tensor-parallel group every rank computes the same steps; records and tokens
@@ -18,6 +20,9 @@ pub struct RankStats {
     pub tensor_parallel_rank: usize,
     /// `cpu`, or the device's name.
     pub device: String,
+    /// `cpu` or `cuda`.
+    #[serde(default)]
+    pub device_kind: String,
     /// The CPU kernels in use (`scalar`, `avx2`, …).
     pub kernel_tier: Option<String>,
     /// Threads of its process.
@@ -97,6 +102,28 @@ pub struct RankStats {
     /// The same of the best single step.
     pub gigabytes_per_second_peak: Option<f64>,
 
+    /// Whether the device's figures stand at another rank, which shares it.
+    #[serde(default)]
+    pub device_is_counted_elsewhere: bool,
+    /// Share of its working time in which the device ran a kernel: mean of NVML's samples.
+    pub device_busy_share_mean: Option<f64>,
+    /// The busiest sample's.
+    pub device_busy_share_max: Option<f64>,
+    /// The device's memory.
+    pub device_memory_bytes: Option<u64>,
+    /// Most of it in use, by all processes.
+    pub device_memory_bytes_peak: Option<u64>,
+    /// The device's power draw, mean.
+    pub device_watts_mean: Option<f64>,
+    /// The highest sample's.
+    pub device_watts_max: Option<f64>,
+    /// Energy that the device drew while this rank worked.
+    pub device_joules: Option<f64>,
+    /// The device's highest temperature.
+    pub device_celsius_max: Option<f64>,
+    /// The clock of its multiprocessors, mean.
+    pub device_clock_mhz_mean: Option<f64>,
+
     /// Share of the generating time (ready until the slowest rank's last step) spent in steps.
     pub busy_share: Option<f64>,
     /// From this rank's last step to the slowest rank's.
@@ -111,6 +138,18 @@ impl RankStats {
     /// Whether its group's records and tokens are counted here.
     pub fn leads_group(&self) -> bool {
         self.tensor_parallel_rank == 0
+    }
+
+    /// Takes over what the device's counters said.
+    pub fn set_device_usage(&mut self, usage: &DeviceUsage) {
+        self.device_busy_share_mean = usage.busy_share_mean;
+        self.device_busy_share_max = usage.busy_share_max;
+        self.device_memory_bytes_peak = usage.memory_bytes_max;
+        self.device_watts_mean = usage.watts_mean;
+        self.device_watts_max = usage.watts_max;
+        self.device_joules = usage.joules;
+        self.device_celsius_max = usage.celsius_max;
+        self.device_clock_mhz_mean = usage.clock_mhz_mean;
     }
 
     /// Seconds spent in steps of the model.

@@ -66,6 +66,11 @@ pub fn flop(x: f64) -> String {
     scaled(x, 1000.0, &["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"])
 }
 
+/// Energy: `12.3 kJ`.
+pub fn joules(x: f64) -> String {
+    scaled(x, 1000.0, &["J", "kJ", "MJ", "GJ", "TJ"])
+}
+
 fn scaled(mut x: f64, step: f64, units: &[&str]) -> String {
     let mut unit = 0;
     while x >= step && unit + 1 < units.len() {
@@ -109,6 +114,7 @@ mod tests {
         assert_eq!([812, 4_000_000_000, 123_400].map(bytes), ["812 B", "4.0 GB", "123 kB"]);
         assert_eq!(memory(3 << 29), "1.5 GiB");
         assert_eq!(flop(1.23e12), "1.2 TFLOP");
+        assert_eq!([812.0, 12_345.0].map(joules), ["812 J", "12.3 kJ"]);
         assert_eq!(percent(0.9812), "98.1%");
         assert_eq!([plural(1, "rank"), plural(2, "rank")], ["1 rank", "2 ranks"]);
         assert_eq!(known(None::<f64>, rate), "unavailable");

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::format::{cell, count, cut, known, percent, plural, rate, seconds};
+use super::format::{cell, count, cut, joules, known, percent, plural, rate, seconds};
 use super::{Event, JobStats, RankStats};
 
 /// Ranks that the plots show; of a bigger job the first ones (all are in `ranks.csv`).
@@ -76,7 +76,7 @@ pub fn section(body: &mut String, title: &str, content: &str) {
 fn tiles(job: &JobStats) -> String {
     let facts = &job.facts;
     let state = if facts.complete { "complete" } else { "stopped early" };
-    let figures = [
+    let mut figures = vec![
         (format!("{} ({state})", count(job.records)), "records"),
         (count(job.records_failed), "failed"),
         (known(job.tokens_per_second, rate), "generated tokens/s"),
@@ -88,6 +88,14 @@ fn tiles(job: &JobStats) -> String {
         (plural(job.ranks as u64, "rank"), "processes"),
         (known(facts.slurm.job_id, |id| id.to_string()), "Slurm job"),
     ];
+    if job.device_memory_bytes_min.is_some() {
+        figures.extend([
+            (cut(&facts.devices, 40), "devices"),
+            (known(job.device_busy_share_mean, percent), "devices busy"),
+            (known(job.device_joules, joules), "energy of the devices"),
+            (known(job.tokens_per_joule, rate), "tokens/J"),
+        ]);
+    }
     tiles_of(&figures)
 }
 

@@ -18,6 +18,9 @@ pub struct JobFacts {
     pub started_unix_seconds: u64,
     /// What Slurm says.
     pub slurm: JobEnv,
+    /// What the ranks compute on: `cpu`, `4 × NVIDIA H200`.
+    #[serde(default)]
+    pub devices: String,
     /// Nodes.
     pub nodes: usize,
     /// Ranks a tensor-parallel group.
@@ -126,6 +129,18 @@ pub struct JobStats {
     pub disk_read_bytes: Option<u64>,
     /// Bytes copied to accelerators; `None` on CPU.
     pub device_copied_bytes: Option<u64>,
+    /// Mean of the devices' busy shares, by NVML.
+    pub device_busy_share_mean: Option<f64>,
+    /// Most memory in use on a device, by all processes.
+    pub device_memory_bytes_peak_max: Option<u64>,
+    /// Memory of the smallest device.
+    pub device_memory_bytes_min: Option<u64>,
+    /// Power of all devices, mean over the time in which they worked.
+    pub device_watts_mean: Option<f64>,
+    /// Energy of all devices while their ranks worked.
+    pub device_joules: Option<f64>,
+    /// Generated tokens (of a score, the prompts' tokens) a joule of the devices.
+    pub tokens_per_joule: Option<f64>,
     /// Floating-point operations of all ranks.
     pub floating_point_operations: f64,
     /// Bytes of weights read by all ranks' steps.
@@ -162,6 +177,13 @@ impl JobStats {
         let leaders = || ranks.iter().filter(|rank| rank.leads_group());
         let sum = |of: fn(&RankStats) -> u64| leaders().map(of).sum::<u64>();
         let per_second = |n: u64| ratio(n as f64, generate_seconds?);
+        let devices = || ranks.iter().filter(|rank| !rank.device_is_counted_elsewhere);
+        let device_joules: Option<f64> = devices().map(|rank| rank.device_joules).sum();
+        let tokens = if facts.command == "score" {
+            sum(|r| r.prompt_tokens)
+        } else {
+            sum(|r| r.generated_tokens)
+        };
         let records = sum(|r| r.records);
         let generated_tokens = sum(|r| r.generated_tokens);
         let tokens_per_second = per_second(generated_tokens);
@@ -194,6 +216,15 @@ impl JobStats {
             checkpoint_bytes: all_known(ranks, |r| r.checkpoint_bytes),
             disk_read_bytes: all_known(ranks, |r| r.disk_read_bytes),
             device_copied_bytes: all_known(ranks, |r| r.device_copied_bytes),
+            device_busy_share_mean: mean(ranks.iter().map(|r| r.device_busy_share_mean)),
+            device_memory_bytes_peak_max: ranks
+                .iter()
+                .filter_map(|r| r.device_memory_bytes_peak)
+                .max(),
+            device_memory_bytes_min: ranks.iter().filter_map(|r| r.device_memory_bytes).min(),
+            device_watts_mean: devices().map(|r| r.device_watts_mean).sum(),
+            device_joules,
+            tokens_per_joule: device_joules.and_then(|joules| ratio(tokens as f64, joules)),
             floating_point_operations: ranks.iter().map(|r| r.floating_point_operations).sum(),
             weight_read_bytes: ranks.iter().map(|r| r.weight_read_bytes).sum(),
             kv_read_bytes: ranks.iter().map(|r| r.kv_read_bytes).sum(),
@@ -307,6 +338,25 @@ mod tests {
         assert_eq!((job.generate_seconds, job.tokens_per_second), (None, None));
         assert_eq!((job.idle_tail_seconds_max, ranks[0].busy_share), (None, None));
         assert_eq!(JobStats::new(JobFacts::default(), None, &mut []).records, 0);
+    }
+
+    /// A device that two ranks share draws its energy once.
+    #[test]
+    fn energy_is_counted_a_device_and_unknown_if_one_is() {
+        let on_gpu = |number, joules, elsewhere| RankStats {
+            device_joules: joules,
+            device_watts_mean: joules,
+            device_busy_share_mean: joules.map(|_| 0.5),
+            device_is_counted_elsewhere: elsewhere,
+            ..rank(number, 0.0, Some(10.0), 9.0)
+        };
+        let job = |ranks: &mut [RankStats]| JobStats::new(JobFacts::default(), None, ranks);
+        let counted = job(&mut [on_gpu(0, Some(40.0), false), on_gpu(1, None, true)]);
+        assert_eq!((counted.device_joules, counted.tokens_per_joule), (Some(40.0), Some(5.0)));
+        assert_eq!(counted.device_busy_share_mean, Some(0.5));
+        let unknown = job(&mut [on_gpu(0, Some(40.0), false), on_gpu(1, None, false)]);
+        assert_eq!((unknown.device_joules, unknown.tokens_per_joule), (None, None));
+        assert_eq!(unknown.device_watts_mean, None);
     }
 
     #[test]

@@ -2,7 +2,9 @@
 
 use std::fmt::Write;
 
-use super::format::{bytes, cell, count, cut, flop, known, memory, percent, plural, rate, seconds};
+use super::format::{
+    bytes, cell, count, cut, flop, joules, known, memory, percent, plural, rate, seconds,
+};
 use super::{JobStats, RankStats, StageStats};
 
 /// Ranks that the table shows; of a bigger job those with the longest idle tails.
@@ -19,7 +21,7 @@ pub fn closing_table(job: &JobStats, ranks: &[RankStats]) -> String {
         seconds(job.total_seconds),
         if facts.complete { "" } else { ", stopped early; the same command finishes the rest" },
     );
-    let rows = [throughput_rows(job), resource_rows(job)].concat();
+    let rows = [throughput_rows(job), resource_rows(job), device_rows(job)].concat();
     for (name, value) in rows {
         // Writing to a String cannot fail.
         let _ = writeln!(text, "  {name:<14}{}", cut(&value, 84));
@@ -95,6 +97,32 @@ fn resource_rows(job: &JobStats) -> Vec<(&'static str, String)> {
                 known(job.busy_share_mean, percent),
                 known(job.idle_tail_seconds_max, seconds),
                 known(job.idle_tail_share_max, percent)
+            ),
+        ),
+    ]
+}
+
+/// What the devices' counters said; nothing of a job on CPUs.
+fn device_rows(job: &JobStats) -> Vec<(&'static str, String)> {
+    let Some(memory_bytes) = job.device_memory_bytes_min else { return Vec::new() };
+    let used = known(job.device_memory_bytes_peak_max, memory);
+    vec![
+        (
+            "devices",
+            format!(
+                "{}: busy {} (mean), {used} of {} in use (most)",
+                cut(&job.facts.devices, 30),
+                known(job.device_busy_share_mean, percent),
+                memory(memory_bytes)
+            ),
+        ),
+        (
+            "energy",
+            format!(
+                "{}, {} (mean); {}",
+                known(job.device_joules, joules),
+                known(job.device_watts_mean, |x| format!("{} W", rate(x))),
+                known(job.tokens_per_joule, |x| format!("{} tokens/J", rate(x)))
             ),
         ),
     ]
@@ -217,6 +245,28 @@ mod tests {
             text.contains("\n      0 node000") && !text.contains("\n     39 node039"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn devices_have_their_rows() {
+        let on_gpu = |number| RankStats {
+            device_memory_bytes: Some(150_000_000_000),
+            device_memory_bytes_peak: Some(149_000_000_000),
+            device_busy_share_mean: Some(0.987),
+            device_watts_mean: Some(698.4),
+            device_joules: Some(1e9),
+            ..rank(number)
+        };
+        let devices = "1024 × NVIDIA A100-SXM4-80GB MIG 1g.5gb".to_owned();
+        let facts = JobFacts { devices, ..facts() };
+        let mut ranks = [on_gpu(0), on_gpu(1)];
+        let text = closing_table(&JobStats::new(facts.clone(), None, &mut ranks), &ranks);
+        assert!(text.contains("busy 98.7% (mean), 139 GiB of 140 GiB in use (most)"), "{text}");
+        assert!(text.contains("2.0 GJ, 1,397 W (mean); 1.2 tokens/J"), "{text}");
+        assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
+        ranks[1] = RankStats { device_joules: None, device_watts_mean: None, ..on_gpu(1) };
+        let text = closing_table(&JobStats::new(facts, None, &mut ranks), &ranks);
+        assert!(text.contains("unavailable, unavailable (mean); unavailable\n"), "{text}");
     }
 
     #[test]

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::sweep::Trial;
 use crate::cli::{AdapterFormat, FinetuneArgs, ScheduleName};
 use crate::commands::deadline::{Deadline, job_seconds_left};
+use crate::commands::device::Devices;
 use crate::commands::generate::sources;
 use crate::commands::launch::Rank;
 use crate::commands::load;
@@ -102,6 +103,7 @@ pub fn plan(
     args: &FinetuneArgs,
     trials: &[Trial],
     rank: &Rank,
+    devices: &Devices,
     start: Instant,
 ) -> Result<(Vec<Plan>, Membership)> {
     let manifest = Manifest::read(&sources(&args.model))?;
@@ -125,7 +127,7 @@ pub fn plan(
     let seconds_left = job_seconds_left(&rank.job);
     let now_seconds = start.elapsed().as_secs_f64();
     let deadline = Deadline::new(args.output.time_limit, seconds_left, now_seconds);
-    let held = hold(&args.output.adapter_out, rank)?;
+    let held = hold(&args.output.adapter_out, rank, devices)?;
     let plan = |trial: &Trial| {
         let identity = identity(&trial.args, &manifest.key, max_seq_len);
         let dir = std::path::absolute(&trial.args.output.adapter_out).map_err(Error::input)?;
@@ -178,13 +180,13 @@ fn check_flags(args: &FinetuneArgs, model: &ModelConfig) -> Result<()> {
 /// A place on the adapter's directory that no other job has: two that write the same
 /// checkpoints would spoil them. One that has been killed gives no sign any more; this waits
 /// until that is certain.
-fn hold(dir: &Path, rank: &Rank) -> Result<Membership> {
+fn hold(dir: &Path, rank: &Rank, devices: &Devices) -> Result<Membership> {
     let refused = |e| Error::input(format!("--adapter-out {}: {e}", dir.display()));
     std::fs::create_dir_all(dir).map_err(refused)?;
     let config = ClaimsConfig::default();
     let most_seconds = config.heartbeat_timeout_seconds + 30.0;
     let (member, mut claims) =
-        Membership::join(dir, job_ref(rank), &this_launch(rank), evidence(), config)?;
+        Membership::join(dir, job_ref(rank), &this_launch(rank, devices), evidence(), config)?;
     let start = Instant::now();
     let mut has_said = false;
     loop {

@@ -2,7 +2,7 @@
 // experts in one launch, each with its own list of rows. An expert's weights stream once for
 // every 16 * TILES of its rows.
 
-#include "tiles.cuh"
+#include "weight_tiles.cuh"
 
 namespace {
 

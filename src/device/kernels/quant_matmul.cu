@@ -4,7 +4,7 @@
 // the weights stream once, as blocks. Bound by the taking apart of blocks, about ten
 // instructions a value, which every value needs once however many rows there are.
 
-#include "tiles.cuh"
+#include "weight_tiles.cuh"
 
 namespace {
 

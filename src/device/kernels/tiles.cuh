@@ -1,96 +1,123 @@
-// Products of many rows of 16-bit activations with rows of weights on the tensor cores. A block
-// of threads brings 128 rows by 64 columns of the weights to shared memory, as values rounded to
-// the type of the activations, and multiplies from there.
+// Products of 16-bit tiles by a warp with the operands' places in its registers known, as
+// compute capability 8.0 has them (PTX: ldmatrix, mma.m16n8k16). wmma hides the places, so that
+// sums have to go through shared memory to be scaled, and it loads bf16 without ldmatrix.
+//
+// Lane 4r + c of the warp holds, two values a register where they have 16 bits:
+//   a[16][16]  rows r (registers 0, 2) and r + 8 (1, 3), columns 2c, 2c + 1 (0, 1) and 2c + 8, 2c + 9 (2, 3)
+//   b[16][8]   rows 2c, 2c + 1 (register 0) and 2c + 8, 2c + 9 (1), column r
+//   c[16][8]   rows r (registers 0, 1) and r + 8 (2, 3), columns 2c (0, 2) and 2c + 1 (1, 3)
 #pragma once
 
-#include "matvec.cuh"
+#include "common.cuh"
 
-namespace {
+#if defined(FARM_EMULATOR) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800)
+#define FARM_TILES 1
 
-// Rows of weights of a block, columns of a step, values from row to row in shared memory
-// (8 more than there are: rows fall into different banks).
-constexpr int TILE_ROWS = 128, TILE_COLS = 64, TILE_STRIDE = TILE_COLS + 8;
-constexpr int TILE_THREADS = TILE_ROWS / 16 * WARP;
-// Pieces of eight values of a step's row.
-constexpr int TILE_PIECES = TILE_COLS / 8;
+// Two values in a register, the first in its low half.
+template <class T> __device__ __forceinline__ unsigned pack2(float low, float high);
 
-// A warp's sums: TILES times 16 rows of activations by 16 rows of weights.
-template <int TILES>
-struct Sums {
-    wmma::fragment<wmma::accumulator, 16, 16, 16, float> tile[TILES];
+#ifdef FARM_EMULATOR
+
+namespace emulator {
+// What the lanes of each warp leave for the others.
+struct Left {
+    const void* row;
+    float a[4][2], b[2][2];
 };
+inline Left* left_by_warp() {
+    static thread_local Left all[32][WARP];
+    return all[threadIdx.x / WARP];
+}
+}  // namespace emulator
 
-// `count` rows of activations, one after another.
-template <typename T>
-struct InOrder {
-    const T* x;
-    int cols, count;
-    __device__ const T* row(int i) const { return x + (long long)i * cols; }
-};
+template <class T> unsigned pack2_of(T low, T high) {
+    const T both[2] = {low, high};
+    unsigned bits;
+    std::memcpy(&bits, both, 4);
+    return bits;
+}
+template <class T> unsigned pack2(float low, float high) { return pack2_of(from_f32<T>(low), from_f32<T>(high)); }
 
-// Eight values of a row of weights, to 16-byte aligned shared memory.
-template <typename Weights, typename T>
-struct Piece {
-    static __device__ __forceinline__ void load(const unsigned char* row, int at, int end, T* to) {
-        float v[8];
-        Weights::eight(row, at, end, 1, v);
-        store8(to, v);
+template <class T> void load_tiles(unsigned (&to)[4], const T* row, bool transposed) {
+    if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emulator::fail("a row of a tile is not 16-byte aligned");
+    emulator::Left* left = emulator::left_by_warp();
+    const unsigned lane = emulator::lane, r = lane / 4, c = lane % 4 * 2;
+    left[lane].row = row;
+    __syncwarp();
+    for (int i = 0; i < 4; i++) {
+        const auto value = [&](unsigned y, unsigned x) { return static_cast<const T*>(left[8 * i + y].row)[x]; };
+        to[i] = transposed ? pack2_of(value(c, r), value(c + 1, r)) : pack2_of(value(r, c), value(r, c + 1));
     }
-};
-template <typename T>
-struct Piece<Dense<T>, T> {
-    static __device__ __forceinline__ void load(const unsigned char* row, int at, int, T* to) {
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(row + at * sizeof(T));
-    }
-};
+    __syncwarp();
+}
+template <class T> void load_tiles(unsigned (&to)[4], const T* row) { load_tiles(to, row, false); }
+template <class T> void load_tiles_transposed(unsigned (&to)[4], const T* row) { load_tiles(to, row, true); }
 
-// The sums over stored columns `begin .. end` for weight rows `first ..` of this block and 16 *
-// TILES rows of activations; what is not there counts as zeros. Columns, skip and addresses are
-// multiples of eight values. All threads leave with the shared memory free.
-template <typename Weights, int TILES, typename T, typename Rows>
-__device__ __forceinline__ void multiply_tiles(const unsigned char* weights, const Shape& shape,
-                                               int first, int begin, int end, const Rows& rows,
-                                               T* weight_tile, T* x_tile, Sums<TILES>& sums) {
-    const int warp = threadIdx.x / WARP;
-    const uint4 zeros = make_uint4(0, 0, 0, 0);
-#pragma unroll
-    for (int i = 0; i < TILES; ++i) wmma::fill_fragment(sums.tile[i], 0.0f);
-    for (int start = begin; start < end; start += TILE_COLS) {
-#pragma unroll
-        for (int pass = 0; pass < TILE_ROWS * TILE_PIECES / TILE_THREADS; ++pass) {
-            const int i = pass * TILE_THREADS + threadIdx.x;
-            const int row = i / TILE_PIECES, col = 8 * (i % TILE_PIECES), at = start + col;
-            T* to = weight_tile + row * TILE_STRIDE + col;
-            if (first + row < shape.rows && at < end) {
-                Piece<Weights, T>::load(weights + (first + row) * shape.stride, at, end, to);
-            } else {
-                *reinterpret_cast<uint4*>(to) = zeros;
-            }
+template <class T> void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    emulator::Left* left = emulator::left_by_warp();
+    const unsigned lane = emulator::lane;
+    const auto unpack = [](float (&to)[2], unsigned bits) {
+        T both[2];
+        std::memcpy(both, &bits, 4);
+        to[0] = to_f32(both[0]);
+        to[1] = to_f32(both[1]);
+    };
+    for (int i = 0; i < 4; i++) unpack(left[lane].a[i], a[i]);
+    unpack(left[lane].b[0], b0);
+    unpack(left[lane].b[1], b1);
+    __syncwarp();
+    for (unsigned i = 0; i < 4; i++) {
+        const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 16; k++) {
+            const float x = left[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2][k % 2];
+            c[i] += x * left[column * 4 + k % 8 / 2].b[k / 8][k % 2];
         }
-#pragma unroll
-        for (int pass = 0; pass < 16 * TILES * TILE_PIECES / TILE_THREADS; ++pass) {
-            const int i = pass * TILE_THREADS + threadIdx.x;
-            const int row = i / TILE_PIECES, col = 8 * (i % TILE_PIECES), at = start + col;
-            uint4 v = zeros;
-            if (row < rows.count && at < end) {
-                v = *reinterpret_cast<const uint4*>(rows.row(row) + at - shape.skip);
-            }
-            *reinterpret_cast<uint4*>(x_tile + row * TILE_STRIDE + col) = v;
-        }
-        __syncthreads();
-#pragma unroll
-        for (int k = 0; k < TILE_COLS; k += 16) {
-            wmma::fragment<wmma::matrix_b, 16, 16, 16, T, wmma::col_major> w;
-            wmma::load_matrix_sync(w, weight_tile + warp * 16 * TILE_STRIDE + k, TILE_STRIDE);
-#pragma unroll
-            for (int i = 0; i < TILES; ++i) {
-                wmma::fragment<wmma::matrix_a, 16, 16, 16, T, wmma::row_major> x;
-                wmma::load_matrix_sync(x, x_tile + i * 16 * TILE_STRIDE + k, TILE_STRIDE);
-                wmma::mma_sync(sums.tile[i], x, w, sums.tile[i]);
-            }
-        }
-        __syncthreads();
     }
+    __syncwarp();
 }
 
-}  // namespace
+#else
+
+template <> __device__ __forceinline__ unsigned pack2<f16>(float low, float high) {
+    const __half2 both = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const unsigned*>(&both);
+}
+template <> __device__ __forceinline__ unsigned pack2<bf16>(float low, float high) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const unsigned*>(&both);
+}
+
+// Four tiles of 8 by 8 from shared memory: lane 8i + j gives the address of row j of tile i, 16-byte
+// aligned, and gets in register i what `a` and `c` above have of 8 rows and columns.
+template <class T> __device__ __forceinline__ void load_tiles(unsigned (&to)[4], const T* row) {
+    const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from));
+}
+
+// The same, each tile transposed.
+template <class T> __device__ __forceinline__ void load_tiles_transposed(unsigned (&to)[4], const T* row) {
+    const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from));
+}
+
+// c += a · b.
+template <class T> __device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
+template <>
+__device__ __forceinline__ void multiply<f16>(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ __forceinline__ void multiply<bf16>(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+#endif
+#endif
