@@ -360,7 +360,7 @@ fn model_cost(runner: &ModelRunner) -> ModelCost {
         heads.heads,
         heads.kv_heads,
         heads.head_dim,
-        size_of::<f32>(),
+        runner.kv_value_bytes(),
     )
 }
 

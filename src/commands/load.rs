@@ -1,6 +1,8 @@
 //! From a staged directory to a rank that can work: the model with its KV cache, and
 //! what turns a record into token ids.
 
+pub mod on_device;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -50,22 +52,35 @@ pub fn load(
     let world = &*topology.world;
     let Opened { checkpoint, tokenizer, template, adapters } =
         agree(world, open(staged, job, plan))?;
-    let sequences = devices.batch_limits(&job.model).sequences;
-    let blocks = num_blocks(job, rank, topology, plan, &checkpoint, staged, sequences);
-    let num_blocks = agree(world, blocks)?;
-    let num_blocks = least(&*topology.tensor_parallel, num_blocks);
-    let comm: Arc<dyn TensorComm> = Arc::new(HostTensorComm::new(topology.tensor_parallel.clone()));
-    let options =
-        LoadOptions { dtype: job.dtype(), max_seq_len: plan.max_seq_len, num_blocks, device: None };
+    let group = &topology.tensor_parallel;
+    let comm: Arc<dyn TensorComm> = Arc::new(HostTensorComm::new(group.clone()));
+    let device = on_device::options(job, devices, topology, &checkpoint, &comm)?;
+    let num_blocks = match device {
+        // When the weights are there.
+        Some(_) => Ok(0),
+        None => {
+            let sequences = devices.batch_limits(&job.model).sequences;
+            num_blocks(job, rank, topology, plan, &checkpoint, staged, sequences)
+        }
+    };
+    let num_blocks = least(&**group, agree(world, num_blocks)?);
+    let (dtype, max_seq_len) = (job.dtype(), plan.max_seq_len);
+    let options = LoadOptions { dtype, max_seq_len, num_blocks, device };
     let started = Instant::now();
     let runner = ModelRunner::load_adapted(&checkpoint, &adapters, &options, comm);
-    let runner = agree(world, runner)?;
+    let mut runner = agree(world, runner)?;
+    let load_seconds = started.elapsed().as_secs_f64();
+    let num_blocks = on_device::num_blocks(job, devices, &runner, max_seq_len);
+    if let Some(num_blocks) = agree(world, num_blocks)? {
+        let num_blocks = least(&**group, num_blocks);
+        agree(world, runner.reserve_cache(num_blocks))?;
+    }
     if world.rank() == 0 {
         tracing::info!(
-            "weights loaded in {}: {} of the checkpoint read or mapped, {} of this rank's own",
-            format::seconds(started.elapsed().as_secs_f64()),
+            "weights loaded in {}: {} of the checkpoint read or mapped, {}",
+            format::seconds(load_seconds),
             format::bytes(runner.bytes_read()),
-            format::bytes(runner.owned_weight_bytes()),
+            where_to(&runner, load_seconds),
         );
         adapters.iter().for_each(|a| tracing::info!("adapter {}: {}", a.name(), a.summary()));
     }
@@ -86,6 +101,17 @@ pub fn load(
         vocab_size: runner.vocab_size(),
     };
     Ok(Loaded { runner, preparer, eos_token_ids })
+}
+
+/// What became of the weights.
+fn where_to(runner: &ModelRunner, load_seconds: f64) -> String {
+    match runner.on_device() {
+        None => format!("{} of this rank's own", format::bytes(runner.owned_weight_bytes())),
+        Some(_) => {
+            let rate = runner.weight_bytes() as f64 / load_seconds.max(1e-9) / 1e9;
+            format!("{} to the device at {rate:.2} GB/s", format::bytes(runner.weight_bytes()))
+        }
+    }
 }
 
 /// What guides texts: the bytes of the model's tokens, those of special ones left out.
