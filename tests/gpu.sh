@@ -211,7 +211,7 @@ speed() {
 energy() {
     local watts joules
     watts=$(stat "$1" device_watts_mean) joules=$(stat "$1" tokens_per_joule)
-    echo "$([[ -z $watts ]] && echo unknown || calc "$watts") W, $([[ -z $joules ]] && echo unknown || calc "$joules") tokens/J"
+    echo "$(calc "${watts:-?}") W, $(calc "${joules:-?}") tokens/J"
 }
 
 # The same weights and prompts, one after the other: all prompts at once, generated tokens a second over the whole.
@@ -276,15 +276,21 @@ table() {
     awk -F '\t' '{printf "| %s | %s | %s |\n", $1, $2, $3}' "$rows"
 }
 
-# CUDA's libraries lie in the toolkit or in Python's wheels, where the loader does not look.
+# CUDA's libraries lie in the toolkit or in Python's wheels, where the loader does not look; wheels have no names without
+# versions, by which farm looks for them. Links make up for that.
 find_libraries() {
-    local folder
-    for folder in /usr/local/cuda*/lib64 /usr/local/cuda*/targets/*/lib \
-        "$("$python" -c 'import site; print(site.getsitepackages()[0])' 2> /dev/null)"/nvidia/*/lib; do
-        if compgen -G "$folder/lib*blas*.so*" > /dev/null || compgen -G "$folder/libnccl.so*" > /dev/null; then
-            export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$folder
-        fi
+    local folder name file site
+    site=$("$python" -c 'import site; print(site.getsitepackages()[0])' 2> /dev/null)
+    mkdir -p "$dir/lib"
+    for folder in /usr/local/cuda*/lib64 /usr/local/cuda*/targets/*/lib "$site"/nvidia/*/lib; do
+        [[ -d $folder ]] || continue
+        export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$folder
+        for name in libcublas libcublasLt libnccl; do
+            file=$(find "$folder" -maxdepth 1 -name "$name.so*" | sort | tail -n 1)
+            [[ -z $file || -e $dir/lib/$name.so ]] || ln -s "$file" "$dir/lib/$name.so"
+        done
     done
+    export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$dir/lib
 }
 
 main() {
