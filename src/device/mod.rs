@@ -12,10 +12,14 @@ pub mod array;
 pub mod attention;
 pub mod choice;
 pub mod collectives;
+#[cfg(feature = "cuda")]
+mod cublas;
 #[cfg(feature = "emulator")]
 pub mod emulator;
 pub mod experts;
 pub mod gemm;
+#[cfg(feature = "cuda")]
+mod libraries;
 pub mod linear;
 #[cfg(feature = "nccl")]
 pub mod nccl;
@@ -27,6 +31,7 @@ pub mod ops;
 pub mod sampling;
 #[cfg(all(test, feature = "emulator"))]
 pub mod testing;
+pub mod train;
 pub mod usage;
 
 use std::sync::Arc;

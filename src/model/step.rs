@@ -62,6 +62,14 @@ impl<'a> Step<'a> {
         Self { rows, adapters, global: table(&rotations.global), local: table(&rotations.local) }
     }
 
+    /// The rotations of layers with or without a window: how heads are rotated, and cos and sin,
+    /// `[rows, rotary_dim / 2]` each.
+    pub fn table(&self, has_window: bool) -> Option<(&RotaryEmbedding, &[f32], &[f32])> {
+        let local = self.local.as_ref().filter(|_| has_window);
+        let table = local.or(self.global.as_ref())?;
+        Some((table.rope, &table.cos, &table.sin))
+    }
+
     /// Rotates the heads of each row of `x`, `row_width` values wide.
     pub fn rotate(&self, x: &mut [f32], row_width: usize, head_dim: usize, has_window: bool) {
         self.rotate_by(rotate, x, row_width, head_dim, has_window);
@@ -80,12 +88,11 @@ impl<'a> Step<'a> {
         head_dim: usize,
         has_window: bool,
     ) {
-        let local = self.local.as_ref().filter(|_| has_window);
-        let Some(table) = local.or(self.global.as_ref()) else { return };
-        let half = table.rope.rotary_dim() / 2;
-        let (cos, sin) = (table.cos.chunks_exact(half), table.sin.chunks_exact(half));
+        let Some((rope, cos, sin)) = self.table(has_window) else { return };
+        let half = rope.rotary_dim() / 2;
+        let (cos, sin) = (cos.chunks_exact(half), sin.chunks_exact(half));
         for ((row, cos), sin) in x.chunks_exact_mut(row_width).zip(cos).zip(sin) {
-            let (dim, interleaved) = (table.rope.rotary_dim(), table.rope.interleaved());
+            let (dim, interleaved) = (rope.rotary_dim(), rope.interleaved());
             rotate(row, head_dim, dim, interleaved, cos, sin);
         }
     }

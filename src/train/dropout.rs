@@ -2,6 +2,7 @@
 //! ranks, the micro-batches, or a restart.
 
 use super::linear::Tokens;
+use crate::device::train::Draws;
 use crate::philox::philox4x32;
 
 /// The dropout of one module.
@@ -21,6 +22,12 @@ impl Dropout {
     pub fn new(p: f32, key: [u32; 2], first_col: usize) -> Self {
         let threshold = (f64::from(p) * 4_294_967_296.0) as u32;
         Self { threshold, factor: 1.0 / (1.0 - p), key, first_col }
+    }
+
+    /// What a device draws by; `None` where nothing is dropped.
+    pub fn draws(&self) -> Option<Draws> {
+        let Self { threshold, factor, key, first_col } = *self;
+        (threshold > 0).then_some(Draws { threshold, factor, key, first_col })
     }
 
     /// Whether anything is dropped.

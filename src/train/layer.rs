@@ -113,13 +113,13 @@ pub struct Pass<'a> {
 
 /// A layer.
 pub struct Layer {
-    block: Block,
-    input_norm: Norm,
-    attention: Attention,
-    post_attention_norm: Option<Norm>,
-    mlp_norm: Option<Norm>,
-    mlp: Mlp,
-    post_mlp_norm: Option<Norm>,
+    pub(super) block: Block,
+    pub(super) input_norm: Norm,
+    pub(super) attention: Attention,
+    pub(super) post_attention_norm: Option<Norm>,
+    pub(super) mlp_norm: Option<Norm>,
+    pub(super) mlp: Mlp,
+    pub(super) post_mlp_norm: Option<Norm>,
 }
 
 /// What a layer keeps of a forward pass.
@@ -292,20 +292,20 @@ fn post_normed(norm: &Option<Norm>, x: Vec<f32>) -> (Vec<f32>, Option<Vec<f32>>)
 }
 
 /// Attention of a layer, or this rank's heads of it.
-struct Attention {
-    heads: Heads,
-    window: Option<usize>,
-    softcap: Option<f32>,
-    slopes: Option<Vec<f32>>,
-    qkv: Projections,
-    qk_norms: Option<[Norm; 2]>,
-    o_proj: Linear,
-    split: Split,
+pub(super) struct Attention {
+    pub(super) heads: Heads,
+    pub(super) window: Option<usize>,
+    pub(super) softcap: Option<f32>,
+    pub(super) slopes: Option<Vec<f32>>,
+    pub(super) qkv: Projections,
+    pub(super) qk_norms: Option<[Norm; 2]>,
+    pub(super) o_proj: Linear,
+    pub(super) split: Split,
     group: Arc<dyn TensorComm>,
 }
 
 /// Linear layers over one input: one for each output, or one for all.
-enum Projections {
+pub(super) enum Projections {
     Each(Vec<Linear>),
     Fused(Box<Linear>, Vec<usize>),
 }
@@ -484,7 +484,7 @@ impl Projections {
         })
     }
 
-    fn linears(&self) -> &[Linear] {
+    pub(super) fn linears(&self) -> &[Linear] {
         match self {
             Self::Each(linears) => linears,
             Self::Fused(linear, _) => std::slice::from_ref(&**linear),
@@ -566,10 +566,10 @@ fn joined_columns(parts: &[Vec<f32>], widths: &[usize]) -> Vec<f32> {
 }
 
 /// The MLP of a layer, or this rank's inner features of it.
-struct Mlp {
-    activation: Activation,
-    gate_up: Projections,
-    down_proj: Linear,
+pub(super) struct Mlp {
+    pub(super) activation: Activation,
+    pub(super) gate_up: Projections,
+    pub(super) down_proj: Linear,
     group: Arc<dyn TensorComm>,
 }
 

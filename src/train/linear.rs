@@ -39,15 +39,15 @@ pub enum Split {
 
 /// The layer, or this rank's part of it.
 pub struct Linear {
-    matrix: Base,
-    bias: Option<Vec<f32>>,
-    split: Split,
+    pub(super) matrix: Base,
+    pub(super) bias: Option<Vec<f32>>,
+    pub(super) split: Split,
     group: Arc<dyn TensorComm>,
-    lora: Option<Lora>,
+    pub(super) lora: Option<Lora>,
 }
 
 /// The layer's own matrix.
-enum Base {
+pub(super) enum Base {
     Frozen(Arc<Weight>),
     /// Trained as a whole, `[out, in]`.
     Trained {
@@ -58,19 +58,19 @@ enum Base {
 }
 
 /// The trained product.
-struct Lora {
-    a: ParameterId,
-    b: ParameterId,
-    rank: usize,
-    scale: f32,
-    dropout: Dropout,
-    dora: Option<Dora>,
+pub(super) struct Lora {
+    pub(super) a: ParameterId,
+    pub(super) b: ParameterId,
+    pub(super) rank: usize,
+    pub(super) scale: f32,
+    pub(super) dropout: Dropout,
+    pub(super) dora: Option<Dora>,
 }
 
-struct Dora {
-    magnitude: ParameterId,
+pub(super) struct Dora {
+    pub(super) magnitude: ParameterId,
     /// Σ W² of each output feature, over this rank's columns.
-    weight_squares: Vec<f32>,
+    pub(super) weight_squares: Vec<f32>,
     /// 1 / ‖W + s · B A‖.
     inverse_norms: Vec<f32>,
     /// m / ‖W + s · B A‖.
@@ -184,29 +184,11 @@ impl Linear {
         }
     }
 
-    /// `‖W + s B A‖² = ‖W‖² + 2 s B·(W Aᵀ) + s² B (A Aᵀ) Bᵀ`, row by row, over this rank's
-    /// columns: W Aᵀ costs as much as r tokens.
     fn adapted_row_squares(&self, lora: &Lora, dora: &Dora, parameters: &Parameters) -> Vec<f32> {
-        let (r, outputs) = (lora.rank, self.outputs());
         let (a, b) = (parameters.values_of(lora.a), parameters.values_of(lora.b));
-        let mut by_row = vec![0.0; r * outputs];
-        self.matrix.multiply(parameters, a, r, None, &mut by_row);
-        let mut gram = vec![0.0; r * r];
-        gemm::linear(a, r, matrix_of_rows(a, r), None, &mut gram);
-        let s = f64::from(lora.scale);
-        let square = |(row, squares): (usize, &f32)| {
-            let b = &b[row * r..(row + 1) * r];
-            let mut sum = f64::from(*squares);
-            for (i, bi) in b.iter().enumerate() {
-                let bi = f64::from(*bi);
-                sum += 2.0 * s * bi * f64::from(by_row[i * outputs + row]);
-                let inner: f64 =
-                    b.iter().zip(&gram[i * r..]).map(|(b, g)| f64::from(*b) * f64::from(*g)).sum();
-                sum += s * s * bi * inner;
-            }
-            sum as f32
-        };
-        dora.weight_squares.iter().enumerate().map(square).collect()
+        let mut by_row = vec![0.0; lora.rank * self.outputs()];
+        self.matrix.multiply(parameters, a, lora.rank, None, &mut by_row);
+        adapted_row_squares(&dora.weight_squares, [a, b], lora.scale, &by_row)
     }
 
     fn sum_over_columns(&self, values: &mut [f32]) {
@@ -422,6 +404,34 @@ impl Dora {
         }
         gained
     }
+}
+
+/// `‖W + s B A‖² = ‖W‖² + 2 s B·(W Aᵀ) + s² B (A Aᵀ) Bᵀ`, row by row, over this rank's
+/// columns; `by_row` is A Wᵀ, which costs as much as r tokens.
+pub(super) fn adapted_row_squares(
+    weight_squares: &[f32],
+    [a, b]: [&[f32]; 2],
+    scale: f32,
+    by_row: &[f32],
+) -> Vec<f32> {
+    let outputs = weight_squares.len();
+    let r = by_row.len() / outputs;
+    let mut gram = vec![0.0; r * r];
+    gemm::linear(a, r, matrix_of_rows(a, r), None, &mut gram);
+    let s = f64::from(scale);
+    let square = |(row, squares): (usize, &f32)| {
+        let b = &b[row * r..(row + 1) * r];
+        let mut sum = f64::from(*squares);
+        for (i, bi) in b.iter().enumerate() {
+            let bi = f64::from(*bi);
+            sum += 2.0 * s * bi * f64::from(by_row[i * outputs + row]);
+            let inner: f64 =
+                b.iter().zip(&gram[i * r..]).map(|(b, g)| f64::from(*b) * f64::from(*g)).sum();
+            sum += s * s * bi * inner;
+        }
+        sum as f32
+    };
+    weight_squares.iter().enumerate().map(square).collect()
 }
 
 /// `values` as rows of `cols`.

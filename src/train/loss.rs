@@ -44,12 +44,20 @@ pub struct Loss {
 
 /// How a row's logits on this rank lie to the others'.
 #[derive(Clone, Copy)]
-struct RowSums {
+pub(super) struct RowSums {
     max: f32,
     /// Σ exp(logit − max).
     sum: f32,
     /// The target's logit, if it is this rank's, else 0.
     target: f32,
+}
+
+impl RowSums {
+    /// From three numbers a row.
+    pub(super) fn of(flat: &[f32]) -> Vec<Self> {
+        let sums = flat.as_chunks::<3>().0.iter();
+        sums.map(|[max, sum, target]| Self { max: *max, sum: *sum, target: *target }).collect()
+    }
 }
 
 impl LossHead {
@@ -143,27 +151,32 @@ fn exponentials(row: &mut [f32], target: Option<usize>) -> RowSums {
 }
 
 /// The sums of the whole vocabulary, a row each.
-struct Everyones(Vec<RowSums>);
+pub(super) struct Everyones(pub(super) Vec<RowSums>);
 
 impl Everyones {
     fn new(group: &dyn TensorComm, own: &[RowSums]) -> Self {
-        if group.size() == 1 {
-            return Self(own.to_vec());
+        let own = Self(own.to_vec());
+        match group.size() {
+            1 => own,
+            _ => Self::joined(&group.all_gather(&own.flat()), own.0.len()),
         }
-        let flat: Vec<f32> = own.iter().flat_map(|s| [s.max, s.sum, s.target]).collect();
-        let all = group.all_gather(&flat);
-        let ranks: Vec<&[f32]> = all.chunks_exact(flat.len().max(1)).collect();
+    }
+
+    /// From the ranks' sums of as many rows, one rank after another.
+    pub(super) fn joined(all: &[f32], rows: usize) -> Self {
+        let ranks: Vec<Vec<RowSums>> = all.chunks(3 * rows.max(1)).map(RowSums::of).collect();
         let of_row = |row: usize| {
-            let of_rank = |rank: &&[f32]| {
-                let sums = &rank[3 * row..3 * row + 3];
-                RowSums { max: sums[0], sum: sums[1], target: sums[2] }
-            };
-            let parts = || ranks.iter().map(of_rank);
+            let parts = || ranks.iter().map(|rank| rank[row]);
             let max = parts().map(|s| s.max).fold(f32::NEG_INFINITY, f32::max);
             let sum = parts().map(|s| s.sum * (s.max - max).exp()).sum();
             RowSums { max, sum, target: parts().map(|s| s.target).sum() }
         };
-        Self((0..own.len()).map(of_row).collect())
+        Self((0..rows).map(of_row).collect())
+    }
+
+    /// Three numbers a row.
+    pub(super) fn flat(&self) -> Vec<f32> {
+        self.0.iter().flat_map(|s| [s.max, s.sum, s.target]).collect()
     }
 
     /// What exponentials of distances to `max` are multiplied by to be probabilities.
@@ -171,7 +184,7 @@ impl Everyones {
         (max - self.0[row].max).exp() / self.0[row].sum
     }
 
-    fn loss(&self, row: usize) -> f64 {
+    pub(super) fn loss(&self, row: usize) -> f64 {
         let RowSums { max, sum, target } = self.0[row];
         f64::from(sum).ln() + f64::from(max) - f64::from(target)
     }

@@ -13,13 +13,18 @@
 //! The terms follow [`super::layer`], [`super::linear`], [`super::loss`] and [`super::model`]
 //! line by line; whoever keeps another tensor there adds it here. Attention's tiles and the
 //! kernels' buffers are some hundred KiB a thread and left out, as are large data.
+//!
+//! On a device ([`super::device`]) the same tensors are kept, most of them in the type that
+//! products are taken of, and the moments stay on the host: 8 bytes a trained value and one of
+//! that type. What the driver and its libraries take, some hundred MiB, is left out.
 
 use std::collections::BTreeSet;
 
 use super::lora::LoraConfig;
-use super::loss;
 use super::model::{Recompute, saved, targets};
+use super::{device, loss};
 use crate::Result;
+use crate::device::Dtype;
 use crate::model::attention::Group;
 use crate::model::config::{Block, ModelConfig};
 use crate::model::layers::share;
@@ -45,6 +50,20 @@ pub struct Setting<'a> {
     pub recompute: Recompute,
     /// Bytes of a weight in memory: 2 for bf16, 8.5 / 8 for q8_0.
     pub bytes_a_weight: f64,
+    /// What products are taken of on a device; `None` on the host.
+    pub device: Option<Dtype>,
+}
+
+impl Setting<'_> {
+    /// Bytes of an operand of products.
+    fn narrow(&self) -> usize {
+        self.device.map_or(VALUE, Dtype::bytes)
+    }
+
+    /// Bytes of a copy of f32 values as operands; f32 ones need none.
+    fn copied(&self) -> usize {
+        if self.narrow() == VALUE { 0 } else { self.narrow() }
+    }
 }
 
 /// Bytes on the rank that takes most.
@@ -75,6 +94,11 @@ impl Estimate {
     pub fn total(&self) -> u64 {
         PROGRAM + self.weights + self.trained + self.pass().max(self.saving)
     }
+
+    /// The peak of a device's memory.
+    pub fn total_on_device(&self) -> u64 {
+        self.weights + self.trained + self.pass()
+    }
 }
 
 /// What a rank takes.
@@ -103,26 +127,36 @@ pub fn estimate(setting: &Setting) -> Result<Estimate> {
         false => (0..layers.len()).find(|i| layers[*i].is_trained(&targets)),
     };
     let trained_layers = first.unwrap_or(layers.len())..layers.len();
-    let row = |layer: &Layer| layer.kept(lora, &targets);
+    let row = |layer: &Layer| layer.kept(lora, &targets, setting.narrow());
     let is_recomputed = |layer: usize| setting.recompute.includes(layer);
     let kept = trained_layers.clone().map(|i| match is_recomputed(i) {
-        true => hidden,
-        false => hidden + row(&layers[i]),
+        true => VALUE * hidden,
+        false => VALUE * hidden + row(&layers[i]),
     });
     // The last layer goes back first, when all is kept yet.
     let live = trained_layers.clone().next_back().map_or(0, |last| {
         let again = if is_recomputed(last) { row(&layers[last]) } else { 0 };
-        again + layers[last].live(lora, size)
+        again
+            + match setting.device {
+                None => VALUE * layers[last].live(lora, size),
+                Some(_) => layers[last].live_on_device(setting),
+            }
     });
     let capped = usize::from(model.final_logit_softcapping.is_some());
-    let logits = loss::rows_at_once(ids).min(tokens) * ids * (1 + capped);
+    let (logits, a_trained) = match setting.device {
+        None => (loss::rows_at_once(ids).min(tokens) * ids * VALUE * (1 + capped), 4 * VALUE),
+        Some(_) => {
+            let rows = device::rows_at_once(ids).min(tokens);
+            (rows * ids * (VALUE + setting.copied()), 2 * VALUE + setting.copied())
+        }
+    };
     Ok(Estimate {
         weights: (weights as f64 * setting.bytes_a_weight) as u64,
-        trained: (4 * VALUE * trained) as u64,
-        kept: (VALUE * tokens * kept.sum::<usize>()) as u64,
-        live: (VALUE * tokens * live) as u64,
+        trained: (a_trained * trained) as u64,
+        kept: (tokens * kept.sum::<usize>()) as u64,
+        live: (tokens * live) as u64,
         // Hidden states, normed, and their gradient.
-        logits: (VALUE * (logits + 3 * tokens * hidden)) as u64,
+        logits: (logits + (2 * VALUE + setting.narrow()) * tokens * hidden) as u64,
         // Values and moments, the adapter's tensors, and their bytes in its file.
         saving: (5 * VALUE * whole) as u64,
     })
@@ -211,9 +245,9 @@ impl Layer {
         self.linears.iter().any(|linear| targets.contains(&linear.name))
     }
 
-    /// Values that a row keeps besides the layer's input.
-    fn kept(&self, lora: &LoraConfig, targets: &BTreeSet<String>) -> usize {
-        let attention = 2 * self.q + 2 * self.kv + self.heads;
+    /// Bytes that a row keeps besides the layer's input, those of operands `narrow` a value.
+    fn kept(&self, lora: &LoraConfig, targets: &BTreeSet<String>, narrow: usize) -> usize {
+        let attention = 2 * self.q + 2 * self.kv;
         let unnormed = if self.has_qk_norm { self.q + self.kv } else { 0 };
         let residual = match self.block {
             Block::Parallel | Block::ParallelTwoNorms => 0,
@@ -222,7 +256,30 @@ impl Layer {
         };
         let of_linear = |linear: &Linear| lora.r + if lora.use_dora { linear.outputs } else { 0 };
         let adapted = self.linears.iter().filter(|linear| targets.contains(&linear.name));
-        attention + unnormed + residual + self.outputs + adapted.map(of_linear).sum::<usize>()
+        let adapted = adapted.map(of_linear).sum::<usize>();
+        narrow * (attention + unnormed + self.outputs + adapted) + VALUE * (self.heads + residual)
+    }
+
+    /// Bytes of a row on a device, as [`Layer::live`] counts values of the host.
+    fn live_on_device(&self, setting: &Setting) -> usize {
+        let Self { hidden, q, kv, heads, inner, outputs, block, .. } = *self;
+        let (narrow, copied, lora) = (setting.narrow(), setting.copied(), setting.lora);
+        // The gradient of the layer's output, where it is normed its own, and its copy.
+        let posts = if block == Block::PostNorms { VALUE } else { 0 };
+        let residual = (VALUE + posts + copied) * hidden;
+        let widest = hidden.max(inner).max(q);
+        let dropped = if lora.lora_dropout > 0.0 { narrow * widest } else { 0 };
+        let gained = if lora.use_dora { narrow * outputs.max(hidden).max(q + 2 * kv) } else { 0 };
+        // The input normed, the gradients of inner features, gate and up, and of the input.
+        let mlp = narrow * (hidden + inner + inner.max(outputs)) + VALUE * hidden;
+        // The input normed, the gradients of out, queries, keys and values, of the input.
+        let attention = narrow * (hidden + 2 * q + 2 * kv) + VALUE * (heads + hidden);
+        // What a parallel block has of its MLP.
+        let beside = match block {
+            Block::Parallel | Block::ParallelTwoNorms => (VALUE + narrow) * hidden,
+            Block::Sequential | Block::PostNorms => 0,
+        };
+        residual + dropped + gained + mlp.max(attention + beside)
     }
 
     /// Values of a row that come on top of what is kept while the layer goes back: at the

@@ -34,6 +34,7 @@ fn of(model: &ModelConfig, lora: &LoraConfig, change: impl Fn(&mut Setting)) -> 
         tokens: 2048,
         recompute: Recompute::None,
         bytes_a_weight: 2.0,
+        device: None,
     };
     change(&mut setting);
     estimate(&setting).unwrap()
@@ -63,6 +64,22 @@ fn terms_are_those_counted_by_hand() {
     let above = LoraConfig { layers_to_transform: Some([2].into()), ..lora };
     let above = of(&model, &above, |s| s.tokens = 10);
     assert_eq!((above.kept, above.trained), (4 * 10 * row, 16 * trained), "nothing goes below");
+}
+
+#[test]
+fn a_device_keeps_operands_in_their_own_type() {
+    let (model, lora) = (llama(64, 160, 3, 4, 2), lora());
+    let on = |dtype| of(&model, &lora, |s| (s.tokens, s.device) = (10, Some(dtype)));
+    let [wide, narrow] = [Dtype::F32, Dtype::Bf16].map(on);
+    let trained = 3 * 16 * ((128 + 2 * 96 + 128) + 3 * 224);
+    assert_eq!((wide.trained, narrow.trained), (8 * trained, 10 * trained));
+    // x, middle and log-sum-exp; q, out, k, v, gate, up, seven h.
+    let (floats, operands) = (2 * 64 + 4, 2 * 64 + 2 * 32 + 2 * 160 + 7 * 16);
+    assert_eq!(wide.kept, 4 * 10 * 3 * (floats + operands));
+    assert_eq!(narrow.kept, 10 * 3 * (4 * floats + 2 * operands));
+    // Two gradients in f32 and a copy; the input, inner features, gate and up.
+    assert_eq!(narrow.live, 10 * (2 * 4 * 64 + 2 * 64 + 2 * (64 + 160 + 320)));
+    assert_eq!(narrow.logits, 10 * (32000 * (4 + 2) + (4 + 4 + 2) * 64));
 }
 
 #[test]

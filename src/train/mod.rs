@@ -9,6 +9,7 @@ pub mod adamw;
 pub mod batch;
 pub mod checkpoint;
 pub mod data;
+pub mod device;
 pub mod dropout;
 pub mod early_stopping;
 pub mod layer;

@@ -88,7 +88,8 @@ impl Trainer {
         let weight = (1.0 / targets.max(1) as f64) as f32;
         let losses = micro_batches.iter().map(|batch| self.model.train(batch, weight));
         let own: Result<f64> = losses.sum();
-        let own = agree(&*self.world, own)?;
+        let own = own.and_then(|loss| self.model.collect_gradients().map(|()| loss));
+        let own = agree(&*self.world, self.or_end(own))?;
         let loss = sum(&*self.replicas, own) / targets.max(1) as f64;
         let grad_norm = self.reduce();
         let learning_rate = self.optimisation.schedule.learning_rate(self.progress.step);
@@ -99,7 +100,7 @@ impl Trainer {
         } else {
             self.progress.updates += 1;
             self.update(grad_norm, learning_rate);
-            self.model.refresh();
+            agree(&*self.world, self.model.refresh())?;
         }
         Ok(StepOutcome { loss, grad_norm, learning_rate, skipped })
     }
@@ -111,8 +112,20 @@ impl Trainer {
     /// A tensor fault.
     pub fn evaluate(&mut self, micro_batches: &[MicroBatch], targets: u64) -> Result<f64> {
         let own: Result<f64> = micro_batches.iter().map(|b| self.model.evaluate(b)).sum();
-        let own = agree(&*self.world, own)?;
+        let own = agree(&*self.world, self.or_end(own))?;
         Ok(sum(&*self.replicas, own) / targets.max(1) as f64)
+    }
+
+    /// A rank whose device fails leaves the others of its group in the middle of a sum: the job
+    /// ends.
+    fn or_end(&self, passed: Result<f64>) -> Result<f64> {
+        if let Err(error) = &passed
+            && self.model.group().size() > 1
+        {
+            tracing::error!("rank {} on {}: {error}", self.world.rank(), self.world.host());
+            self.world.abort(error.kind.exit_code());
+        }
+        passed
     }
 
     /// Sums the gradients over all ranks; returns their norm.

@@ -12,6 +12,7 @@ use farm::model::layers::Loader;
 use farm::train::adamw::AdamW;
 use farm::train::batch::MicroBatch;
 use farm::train::data::share;
+use farm::train::device::Place;
 use farm::train::lora::{LoraConfig, TargetModules};
 use farm::train::model::{Recompute, TrainedModel};
 use farm::train::schedule::{Schedule, ScheduleKind};
@@ -71,9 +72,12 @@ struct Layout {
     ranks: usize,
     tensor_parallel: usize,
     recompute: Recompute,
+    /// On emulated devices.
+    on_devices: bool,
 }
 
-const ALONE: Layout = Layout { ranks: 1, tensor_parallel: 1, recompute: Recompute::None };
+const ALONE: Layout =
+    Layout { ranks: 1, tensor_parallel: 1, recompute: Recompute::None, on_devices: false };
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
@@ -135,16 +139,30 @@ fn adapter(dir: &Path) -> Adapter {
     named.collect()
 }
 
+/// A device in f32.
+#[cfg(feature = "emulator")]
+fn place(comm: Arc<HostTensorComm>) -> Place {
+    let comm = Arc::new(farm::device::collectives::HostStaged::new(comm));
+    Place { device: farm::device::Device::emulated(), dtype: farm::device::Dtype::F32, comm }
+}
+
+#[cfg(not(feature = "emulator"))]
+fn place(_: Arc<HostTensorComm>) -> Place {
+    unreachable!("without emulated devices nothing is trained on them")
+}
+
 fn train(name: &str, case: &Case, layout: Layout) -> Trained {
     let runs = LocalComm::run(layout.ranks, |world| {
         let topology = Topology::new(world, layout.tensor_parallel).unwrap();
         let checkpoint = Checkpoint::open(&root().join(&case.model)).unwrap();
         let comm = Arc::new(HostTensorComm::new(topology.tensor_parallel.clone()));
+        let place = layout.on_devices.then(|| place(comm.clone()));
         let loader = Loader { source: &checkpoint, comm, dtype: None, adapters: &[] };
-        let mut model = TrainedModel::load(&loader, &config(case), 1, layout.recompute).unwrap();
+        let (config, recompute) = (config(case), layout.recompute);
+        let mut model = TrainedModel::load(&loader, &config, 1, recompute, place.as_ref()).unwrap();
         let start = adapter(&root().join("finetune").join(name).join("start"));
         model.parameters.set(|tensor| Ok(start[&tensor.name()].clone())).unwrap();
-        model.refresh();
+        model.refresh().unwrap();
         assert_eq!(model.parameters.tensors().len(), start.len(), "{name}: tensors");
         let training = &case.training;
         let optimisation = Optimisation {
@@ -257,10 +275,42 @@ fn twenty_steps_of_every_case_are_those_of_peft_and_torch() {
     }
 }
 
+/// The emulator takes its time, so the longer cases are left to the host.
+#[cfg(feature = "emulator")]
+#[test]
+fn twenty_steps_on_a_device_are_those_of_peft_and_torch() {
+    let device = Layout { on_devices: true, ..ALONE };
+    for (name, layout) in [
+        ("lora_all", Layout { recompute: Recompute::Layers(1), ..device }),
+        ("packing_accumulation", device),
+        ("masking", Layout { ranks: 2, tensor_parallel: 2, ..device }),
+        ("rslora", device),
+        ("loraplus", device),
+        ("layers", device),
+        ("dora_random_b", device),
+        ("saved_embedding", device),
+        ("saved_lm_head", device),
+        ("qwen2", device),
+        ("qwen3", device),
+        ("gemma2", device),
+        ("gemma3", device),
+        ("phi3", device),
+        ("falcon_7b", device),
+        ("falcon_40b", Layout { ranks: 2, ..device }),
+        ("falcon_rw", device),
+        ("mistral", device),
+        ("quantized", device),
+    ] {
+        let case = case(name);
+        let trained = train(name, &case, layout);
+        assert_close(name, &trained, &expected(name, &case), 1e-4, 1e-3);
+    }
+}
+
 /// Splits and recomputation change sums by rounding only.
 #[test]
 fn layouts_of_ranks_and_recomputation_train_alike() {
-    let of = |ranks, tensor_parallel| Layout { ranks, tensor_parallel, recompute: Recompute::None };
+    let of = |ranks, tensor_parallel| Layout { ranks, tensor_parallel, ..ALONE };
     for (name, layouts) in [
         ("accumulation", vec![of(2, 1), of(4, 1), of(2, 2), of(4, 2)]),
         ("packing", vec![of(2, 1), of(2, 2), of(4, 2)]),

@@ -283,6 +283,6 @@ pub fn load(world: &dyn Communicator, dir: &Path, trainer: &mut Trainer) -> Resu
     }
     let [values, m, v] = <[Vec<f32>; 3]>::try_from(locals).unwrap_or_default();
     (parameters.values, parameters.m, parameters.v) = (values, m, v);
-    trainer.model.refresh();
+    agree(world, trainer.model.refresh())?;
     Ok(Some(state))
 }

@@ -1,5 +1,6 @@
 //! One training on one rank: from its checkpoint to its end, or until it is asked to stop.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -8,20 +9,23 @@ use super::plan::{batches, lora_config, optimisation};
 use super::results::{self, Results, Summary};
 use super::{Outcome, Plan, RunFile, Shared, tensor_comm};
 use crate::cli::FinetuneArgs;
-use crate::comm::{Topology, agree};
+use crate::comm::{TensorComm, Topology, agree};
 use crate::commands::deadline::Measured;
+use crate::commands::load::on_device;
+use crate::device::choice::Stored;
 use crate::model::WeightDtype;
 use crate::model::layers::Loader;
 use crate::stats::format;
 use crate::stats::process::peak_resident_bytes;
 use crate::train::batch::MicroBatch;
 use crate::train::data::{Batches, Dataset, Sequence, share};
+use crate::train::device::Place;
 use crate::train::early_stopping::EarlyStopping;
 use crate::train::memory::{Estimate, Setting, estimate};
 use crate::train::metrics::{EvalMetrics, TrainMetrics};
 use crate::train::model::TrainedModel;
 use crate::train::trainer::{Progress, StepOutcome, Trainer, sum};
-use crate::{Error, Result, kernels};
+use crate::{Error, Result};
 
 /// What a checkpoint holds besides tensors.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -71,17 +75,15 @@ impl<'a> Training<'a> {
         let world = &*topology.world;
         let lengths = shared.train.lengths();
         let (batches, total_steps) = batches(args, plan, &lengths)?;
-        let loader = Loader {
-            source: &shared.checkpoint,
-            comm: tensor_comm(&topology),
-            dtype: args.model.dtype_in_memory(),
-            adapters: &[],
-        };
+        let comm: Arc<dyn TensorComm> = tensor_comm(&topology);
+        let place = place(shared, args, &topology, &comm)?;
+        let memory = check_memory(shared, args, plan, &topology, place.as_ref());
+        agree(world, memory)?;
+        let dtype = dtype_in_memory(args, place.as_ref());
+        let loader = Loader { source: &shared.checkpoint, comm, dtype, adapters: &[] };
         let (training, config) = (&args.training, lora_config(args));
-        if world.rank() == 0 {
-            say_how_much_memory(shared, args, plan, &topology);
-        }
-        let model = TrainedModel::load(&loader, &config, training.seed, training.recompute);
+        let (seed, recompute) = (training.seed, training.recompute);
+        let model = TrainedModel::load(&loader, &config, seed, recompute, place.as_ref());
         let model = agree(world, model)?;
         let flops_a_token = model.flops_a_token();
         let optimisation = optimisation(args, total_steps);
@@ -93,7 +95,8 @@ impl<'a> Training<'a> {
             tokens: 0,
         };
         world.barrier();
-        let flops_limit = sum(world, kernels::parallel::peak_flops());
+        let peak_flops = agree(world, trainer.model.peak_flops())?;
+        let flops_limit = sum(world, peak_flops.unwrap_or(f64::NAN));
         if let Some(resumed) = results::load(world, &plan.dir, &mut trainer)? {
             state = resumed;
             // Patience is no part of what is trained: it may change from launch to launch.
@@ -339,9 +342,36 @@ impl<'a> Training<'a> {
     }
 }
 
+/// The device that this rank trains on; `None` on a CPU. Collective.
+fn place(
+    shared: &Shared,
+    args: &FinetuneArgs,
+    topology: &Topology,
+    comm: &Arc<dyn TensorComm>,
+) -> Result<Option<Place>> {
+    let (devices, checkpoint) = (shared.devices, &shared.checkpoint);
+    let opened = on_device::open(&args.model, devices, topology, checkpoint, comm)?;
+    Ok(opened.map(|(device, comm, dtype)| Place { device, dtype, comm }))
+}
+
+/// What matrices become on the host. A device makes floats its own type when they get there.
+fn dtype_in_memory(args: &FinetuneArgs, place: Option<&Place>) -> Option<WeightDtype> {
+    let dtype = args.model.dtype_in_memory();
+    dtype.filter(|dtype| place.is_none() || matches!(dtype, WeightDtype::Quant(_)))
+}
+
 /// Says before anything is loaded what a rank will take, so that a job that is killed for its
 /// memory tells why.
-fn say_how_much_memory(shared: &Shared, args: &FinetuneArgs, plan: &Plan, topology: &Topology) {
+///
+/// # Errors
+/// An input error: a device that has less in all.
+fn check_memory(
+    shared: &Shared,
+    args: &FinetuneArgs,
+    plan: &Plan,
+    topology: &Topology,
+    place: Option<&Place>,
+) -> Result<()> {
     let (training, replicas) = (&args.training, topology.data_parallel.size());
     let sequences = training.micro_batch_size.min(training.batch_size.div_ceil(replicas));
     let mut lengths = shared.train.lengths();
@@ -356,23 +386,51 @@ fn say_how_much_memory(shared: &Shared, args: &FinetuneArgs, plan: &Plan, topolo
         tensor_parallel: args.parallelism.tensor_parallel,
         tokens: longest,
         recompute: training.recompute,
-        bytes_a_weight: args
-            .model
-            .dtype_in_memory()
-            .map_or_else(|| shared.checkpoint.bytes_a_weight(), WeightDtype::bytes_a_value),
+        bytes_a_weight: bytes_a_weight(shared, args, place),
+        device: place.map(|place| place.dtype),
     };
-    let Ok(estimate) = estimate(&setting) else { return };
-    let Estimate { weights, trained, kept, live, logits, .. } = estimate;
+    // Modules that are not there are said to be when they are loaded.
+    let Ok(estimate) = estimate(&setting) else { return Ok(()) };
     let memory = format::memory;
-    tracing::info!(
-        "a rank takes about {} of memory: weights {}, trained values {}, activations of {longest} \
-         tokens {} kept and {} at work",
-        memory(estimate.total()),
-        memory(weights),
-        memory(trained),
-        memory(kept),
-        memory(live.max(logits)),
-    );
+    let total = match place {
+        None => estimate.total(),
+        Some(_) => estimate.total_on_device(),
+    };
+    if topology.world.rank() == 0 {
+        let Estimate { weights, trained, kept, live, logits, .. } = estimate;
+        tracing::info!(
+            "a rank takes about {} of {}: weights {}, trained values {}, activations of \
+             {longest} tokens {} kept and {} at work",
+            memory(total),
+            if place.is_some() { "its device's memory" } else { "memory" },
+            memory(weights),
+            memory(trained),
+            memory(kept),
+            memory(live.max(logits)),
+        );
+    }
+    let has = shared.devices.memory_bytes().filter(|_| place.is_some());
+    match has {
+        Some(has) if total > has => Err(Error::input(format!(
+            "training takes about {} of the device's memory, which is {}: --micro-batch-size, \
+             --recompute full, --quantize or a larger --tensor-parallel make it less",
+            memory(total),
+            memory(has),
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Bytes of a weight where products take it.
+fn bytes_a_weight(shared: &Shared, args: &FinetuneArgs, place: Option<&Place>) -> f64 {
+    let stored = shared.checkpoint.bytes_a_weight();
+    match (place, dtype_in_memory(args, place)) {
+        (_, Some(dtype)) => dtype.bytes_a_value(),
+        (Some(place), None) if on_device::stored(&shared.checkpoint) != Stored::Quantized => {
+            place.dtype.bytes() as f64
+        }
+        _ => stored,
+    }
 }
 
 /// The sequences `members` of a step. Draws for a row are keyed by step, sequence and place,

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use crate::cli::WeightsArgs;
 use crate::comm::{TensorComm, Topology, agree};
 use crate::commands::device::Devices;
 use crate::commands::generate::Job;
@@ -22,7 +23,7 @@ const KV_CACHE_SHARE: f64 = 0.9;
 /// The device and how to compute on it; `None` on a CPU. Collective; fails alike on all ranks.
 ///
 /// # Errors
-/// A device that does not open; a group that does not come together.
+/// See [`open`].
 pub fn options(
     job: &Job,
     devices: &Devices,
@@ -30,22 +31,34 @@ pub fn options(
     checkpoint: &Checkpoint,
     group: &Arc<dyn TensorComm>,
 ) -> Result<Option<DeviceOptions>> {
+    let opened = open(&job.model.weights, devices, topology, checkpoint, group)?;
+    let Some((device, comm, dtype)) = opened else { return Ok(None) };
+    let limits = devices.batch_limits(&job.model);
+    let max_rows = limits.tokens.max(limits.sequences);
+    Ok(Some(DeviceOptions { device, comm, dtype, max_rows, uses_graphs: true }))
+}
+
+/// The device, the group's sums, and what products are taken of; `None` on a CPU. Collective;
+/// fails alike on all ranks.
+///
+/// # Errors
+/// A device that does not open; a group that does not come together.
+pub fn open(
+    flags: &WeightsArgs,
+    devices: &Devices,
+    topology: &Topology,
+    checkpoint: &Checkpoint,
+    group: &Arc<dyn TensorComm>,
+) -> Result<Option<(Device, Arc<dyn DeviceComm>, Dtype)>> {
     let world = &*topology.world;
     let device = agree(world, devices.open())?;
-    let precision = devices.precision(&job.model.weights, stored(checkpoint));
+    let precision = devices.precision(flags, stored(checkpoint));
     if let (0, Some(note)) = (world.rank(), precision.as_ref().and_then(|p| p.note.as_ref())) {
         tracing::warn!("{note}");
     }
     let comm = agree(world, group_comm(devices, device.as_ref(), topology, group))?;
     let (Some(device), Some(precision)) = (device, precision) else { return Ok(None) };
-    let limits = devices.batch_limits(&job.model);
-    Ok(Some(DeviceOptions {
-        device,
-        comm,
-        dtype: dtype(precision.float),
-        max_rows: limits.tokens.max(limits.sequences),
-        uses_graphs: true,
-    }))
+    Ok(Some((device, comm, dtype(precision.float))))
 }
 
 /// What arrays of a precision hold.
