@@ -240,16 +240,28 @@ lora() {
     model "$shape" || return 1
     [[ -s $dir/train.jsonl ]] || words $((lora_steps * lora_batch)) "$lora_length" > "$dir/train.jsonl"
     rm -rf "$dir/adapter"
+    watch_memory & local watcher=$!
     limited "$farm" finetune --model "$dir/$shape" --train "$dir/train.jsonl" --adapter-out "$dir/adapter" --no-stage \
         --device "$device" --lora-r 16 --lora-alpha 32 --max-steps "$lora_steps" --batch-size "$lora_batch" \
-        --micro-batch-size "$lora_batch" --max-seq-len "$lora_length" --save-steps 0 > "$dir/lora.log" 2>&1 || return 1
+        --micro-batch-size "$lora_batch" --max-seq-len "$lora_length" --save-steps 0 > "$dir/lora.log" 2>&1
+    local failed=$?
+    kill "$watcher" 2> /dev/null
+    [[ $failed == 0 ]] || return 1
     rate=$(sed -n 's/.*"tokens_per_second":\([0-9.e+-]*\).*/\1/p' "$dir/adapter/metrics.jsonl" | tail -n +2 | sort -g |
         awk '{x[NR] = $1} END {print x[int((NR + 1) / 2)]}')
     # Forward and backward without gradients of the frozen weights: 4 operations a parameter and token.
     row "$shape: LoRA, $lora_steps steps, tokens/s" "$(calc "$rate")" \
         "$(share "4 * $layer_parameters * $rate / ($(product_tflops) * 1e12)") of the product rate (4N)"
-    memory=$(sed -n 's/.*"device_memory_bytes_peak":\([0-9]*\).*/\1/p' "$dir/adapter/metrics.jsonl" | sort -g | tail -n 1)
-    row "$shape: LoRA, memory, GiB" "$([[ -n $memory ]] && calc "$memory / 2^30" || echo unavailable)"
+    memory=$(sort -g "$dir/memory.txt" | tail -n 1)
+    row "$shape: LoRA, memory of the card, GiB" "$(calc "${memory:-?} / 1024")"
+}
+
+# What is in use of the first card, in MiB, once a second.
+watch_memory() {
+    : > "$dir/memory.txt"
+    while nvidia-smi --id=0 --query-gpu=memory.used --format=csv,noheader,nounits >> "$dir/memory.txt" 2> /dev/null; do
+        sleep 1
+    done
 }
 
 # words RECORDS LENGTH: training records that fill a sequence; a letter is a token or less.
