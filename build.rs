@@ -9,6 +9,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs, thread};
 
+/// The start of `kernels.rs`: the driver reads words of what it is given.
+const HEAD: &str = "\
+/// Bytes at an address that the driver can read words from.
+#[repr(C, align(64))]
+pub struct Aligned<T: ?Sized>(pub T);
+/// A fat binary a file.
+pub const MODULES: &[&Aligned<[u8]>] = &[
+";
 const KERNELS: &str = "src/device/kernels";
 
 fn main() {
@@ -36,7 +44,7 @@ fn sources() -> Vec<PathBuf> {
 /// Writes `kernels.rs`: the compute capabilities, and a fat binary a file.
 fn for_devices() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    let mut list = String::from("/// A fat binary a file.\npub const MODULES: &[&[u8]] = &[\n");
+    let mut list = String::from(HEAD);
     let mut built_for = String::new();
     if env::var_os("FARM_CUDA_CHECK").is_none_or(|value| value != "1") {
         let nvcc = nvcc();
@@ -49,7 +57,7 @@ fn for_devices() {
             running.into_iter().map(|t| t.join().expect("a compilation")).collect()
         });
         for file in threads {
-            list += &format!("    include_bytes!({file:?}),\n");
+            list += &format!("    &Aligned(*include_bytes!({file:?})),\n");
         }
     }
     list += &format!(

@@ -54,7 +54,7 @@ main() {
     root=${CUDA_ROOT:-${CARGO_TARGET_DIR:-$here/../target}}
     export CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:-}
     if [ -n "${NVCC:-}" ] || [ -x "${CUDA_HOME:-}/bin/nvcc" ] || command -v nvcc > /dev/null; then
-        say "CUDA compiler: ${NVCC:-$([ -x "${CUDA_HOME:-}/bin/nvcc" ] && echo "$CUDA_HOME/bin/nvcc" || command -v nvcc)}"
+        :
     elif [ "${CUDA:-13}" = 12 ] || wants_old_cards; then
         mkdir -p "$root"
         root=$(cd "$root" && pwd)

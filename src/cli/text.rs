@@ -28,15 +28,19 @@ pub fn examples_and_exit_codes() -> String {
     format!("{EXAMPLES}\n\n{EXIT_CODES}")
 }
 
-/// Version and features, as `0.1.0 (features: mpi; not built in: cuda, nccl)`.
+/// Version and features, as `0.1.0 (features: mpi, cuda for 80,90; not built in: nccl)`.
 pub fn version() -> String {
     let features = [
         ("mpi", cfg!(feature = "mpi")),
         ("cuda", cfg!(feature = "cuda")),
         ("nccl", cfg!(feature = "nccl")),
     ];
+    let name = |feature: &str| match feature {
+        "cuda" if cfg!(feature = "cuda") => format!("cuda for {}", crate::device::built()),
+        other => other.to_owned(),
+    };
     let list = |on: bool| {
-        let names: Vec<_> = features.iter().filter(|f| f.1 == on).map(|f| f.0).collect();
+        let names: Vec<_> = features.iter().filter(|f| f.1 == on).map(|f| name(f.0)).collect();
         if names.is_empty() { "none".to_owned() } else { names.join(", ") }
     };
     format!(

@@ -308,17 +308,18 @@ fn splits(
 enum RowKernel {
     /// `attend_rows_*`: query heads of a block, and the widest head.
     Plain { queries: usize, dims: usize },
-    /// `attend_split_*`: width that heads are padded to, and tiles of keys in flight.
-    Tiles { dim: usize, stages: usize },
+    /// `attend_split_*`: width that heads are padded to, tiles of keys in flight, and [`volta`].
+    Tiles { dim: usize, stages: usize, volta: bool },
 }
 
 impl RowKernel {
     fn choose(properties: &Properties, shape: Shape, dtype: Dtype) -> Self {
         if on_tensor_cores(properties, shape, dtype) {
             let dim = tile_dim(shape.head_dim);
-            let two = Self::Tiles { dim, stages: 2 };
+            let volta = volta(properties);
+            let two = Self::Tiles { dim, stages: 2, volta };
             let fits = two.shared_bytes(shape.head_dim) <= properties.shared_bytes_a_block;
-            return if fits { two } else { Self::Tiles { dim, stages: 1 } };
+            return if fits { two } else { Self::Tiles { dim, stages: 1, volta } };
         }
         let queries = match shape.group() {
             1 => 1,
@@ -340,6 +341,7 @@ impl RowKernel {
         let suffix = dtype.suffix();
         match self {
             Self::Plain { queries, dims } => format!("attend_rows_{suffix}_q{queries}_d{dims}"),
+            Self::Tiles { dim, volta: true, .. } => format!("attend_split_{suffix}_volta_d{dim}"),
             Self::Tiles { dim, .. } => format!("attend_split_{suffix}_d{dim}"),
         }
     }
@@ -352,9 +354,9 @@ impl RowKernel {
                 let floats = queries * (q + ROW_WARPS * (BLOCK_SIZE + head_dim));
                 4 * floats + stats(queries)
             }
-            Self::Tiles { dim, stages } => {
+            Self::Tiles { dim, stages, volta } => {
                 let tile = 2 * BLOCK_SIZE * (dim + 8);
-                let scores = 4 * TILE * (BLOCK_SIZE + 8);
+                let scores = scores_bytes(volta, BLOCK_SIZE);
                 tile + ROW_WARPS * (scores + stages * 2 * tile) + stats(TILE)
             }
         }
@@ -428,7 +430,8 @@ pub fn attend_chunks(
     ];
     arguments.extend(shape_and_rule(shape, rule));
     arguments.push(tiling.stages.into());
-    let name = format!("attend_prefill_{}_d{}", dtype.suffix(), tiling.dim);
+    let variant = if tiling.volta { "_volta" } else { "" };
+    let name = format!("attend_prefill_{}{variant}_d{}", dtype.suffix(), tiling.dim);
     let grid = [(chunks.tiles.len() / 2) as u32, shape.kv_heads as u32, 1];
     device.launch(&name, grid, [32 * tiling.warps as u32, 1, 1], tiling.shared_bytes(), &arguments)
 }
@@ -442,6 +445,8 @@ struct Tiling {
     warps: usize,
     /// Tiles of keys in shared memory.
     stages: usize,
+    /// See [`volta`].
+    volta: bool,
 }
 
 impl Tiling {
@@ -450,7 +455,9 @@ impl Tiling {
     fn choose(properties: &Properties, shape: Shape) -> Self {
         let dim = tile_dim(shape.head_dim);
         let tilings = [(8, 2), (8, 1), (4, 2), (4, 1), (2, 1)];
-        let mut tilings = tilings.map(|(warps, stages)| Self { dim, warps, stages }).into_iter();
+        let volta = volta(properties);
+        let mut tilings =
+            tilings.map(|(warps, stages)| Self { dim, warps, stages, volta }).into_iter();
         let fits = |tiling: &Self| tiling.shared_bytes() <= properties.shared_bytes_a_block;
         tilings.find(fits).expect("shared memory for a tile: every GPU since Volta has 64 KiB")
     }
@@ -462,7 +469,7 @@ impl Tiling {
 
     fn shared_bytes(self) -> usize {
         let (row, keys) = (2 * (self.dim + 8), self.keys());
-        let scores = 4 * TILE * (keys + 8);
+        let scores = scores_bytes(self.volta, keys);
         self.warps * (TILE * row + scores) + self.stages * 2 * keys * row
     }
 
@@ -481,6 +488,16 @@ pub fn on_tensor_cores(properties: &Properties, shape: Shape, dtype: Dtype) -> b
         _ => false,
     };
     has && shape.head_dim.is_multiple_of(16)
+}
+
+/// The kernels by wmma are taken, which need memory for scores: before compute capability 8.0.
+fn volta(properties: &Properties) -> bool {
+    properties.compute_capability < (8, 0)
+}
+
+/// Shared memory of a warp's scores.
+fn scores_bytes(volta: bool, keys: usize) -> usize {
+    if volta { 4 * TILE * (keys + 8) } else { 0 }
 }
 
 /// Which kernel takes which rows of a step with chunks: made on the host, to be uploaded.

@@ -322,36 +322,57 @@ fn splits_of_a_long_context_add_up() {
 fn sums_follow_scores_that_grow_beyond_their_slack() {
     for device in devices() {
         for dtype in [Dtype::F16, Dtype::Bf16] {
-            let mut case = case(shape(2, 1, 64), dtype, &[(0, 90), (200, 1)]);
-            case.shape.scale = 30.0;
-            case.padding = 0;
-            let data = Data::new(&device, &case);
-            let want = expected(&case, &data);
-            assert!(want.iter().any(|x| x.abs() > 0.9), "some query looks at a single key");
-            check(&device, &case);
+            check_growing_scores(&device, dtype);
         }
     }
 }
 
-/// A device with as much shared memory as a V100, or a consumer card.
+fn check_growing_scores(device: &Device, dtype: Dtype) {
+    let mut case = case(shape(2, 1, 64), dtype, &[(0, 90), (200, 1)]);
+    case.shape.scale = 30.0;
+    case.padding = 0;
+    let want = expected(&case, &Data::new(device, &case));
+    assert!(want.iter().any(|x| x.abs() > 0.9), "some query looks at a single key");
+    check(device, &case);
+}
+
+/// A device that is like an A100, a consumer card, a V100 or a T4.
+fn another(compute_capability: (u32, u32), shared_kib: usize, order: ThreadOrder) -> Device {
+    let mut properties = Device::emulated().properties().clone();
+    properties.compute_capability = compute_capability;
+    properties.shared_bytes_a_block = shared_kib << 10;
+    emulator::open_as(properties, order)
+}
+
 #[test]
 fn devices_with_less_shared_memory_get_smaller_tiles() {
-    let mut properties = Device::emulated().properties().clone();
-    for kib in [96, 99, 163] {
-        properties.shared_bytes_a_block = kib << 10;
-        let device = emulator::open_as(properties.clone(), ThreadOrder::Shuffled(3));
+    for (capability, kib) in [((8, 0), 163), ((8, 6), 99), ((7, 0), 96), ((7, 5), 64)] {
+        let device = another(capability, kib, ThreadOrder::Shuffled(3));
         for head_dim in [64, 96, 128, 256] {
             check(&device, &case(shape(4, 2, head_dim), Dtype::F16, &[(5, 70), (90, 1)]));
         }
     }
 }
 
+/// f16 by the tensor cores' older interface, bf16 without them.
 #[test]
-fn bf16_takes_plain_kernels_where_there_are_no_tensor_cores_for_it() {
-    let mut properties = Device::emulated().properties().clone();
-    properties.compute_capability = (7, 0);
-    let device = emulator::open_as(properties, ThreadOrder::Rising);
-    check(&device, &case(shape(4, 2, 64), Dtype::Bf16, &[(5, 20), (90, 1)]));
+fn volta_has_kernels_of_its_own() {
+    for order in [ThreadOrder::Rising, ThreadOrder::Falling, ThreadOrder::Shuffled(5)] {
+        let device = another((7, 0), 96, order);
+        for dtype in [Dtype::F16, Dtype::Bf16] {
+            for (heads, kv_heads, head_dim) in [(4, 2, 64), (18, 1, 80), (3, 1, 128), (2, 1, 256)] {
+                let mut case = case(
+                    shape(heads, kv_heads, head_dim),
+                    dtype,
+                    &[(5, 20), (90, 1), (0, 70), (400, 1)],
+                );
+                check(&device, &case);
+                (case.window, case.softcap, case.alibi) = (Some(33), Some(0.5), true);
+                check(&device, &case);
+            }
+            check_growing_scores(&device, dtype);
+        }
+    }
 }
 
 #[test]

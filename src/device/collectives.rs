@@ -101,7 +101,7 @@ mod tests {
 
     #[test]
     fn sums_and_logits_come_together_over_uneven_shares() {
-        let (rows, vocab) = (3usize, 11usize);
+        let (rows, vocab) = (3, 11_usize);
         for size in [1, 2, 4] {
             let outputs = LocalComm::run(size, |comm| {
                 let (rank, device) = (comm.rank(), Device::emulated());

@@ -11,18 +11,15 @@
 
 use std::ops::Range;
 
-use super::linear::{self, Matrix};
+use super::linear::{self, MATVEC_ROWS, MATVEC_WARPS, Matrix};
 use super::ops::{self, grid, long, number, rows_of};
-use super::{Array, Device, Dtype};
+use super::{Arg, Array, Device, Dtype};
 use crate::Result;
 use crate::kernels::ops::Activation;
 
 /// Rows up to which the kernels without the host are used, where the weights allow: they read
 /// an expert's weights again for every four of its rows.
 pub const DIRECT_ROWS: usize = 64;
-/// Rows of weights of a warp, and warps of a block: ROWS and WARPS of kernels/matvec.cuh.
-const MATVEC_ROWS: usize = 2;
-const MATVEC_WARPS: usize = 8;
 /// Threads of the block that lists experts' rows, a warp an expert.
 const LIST_THREADS: u32 = 1024;
 
@@ -120,7 +117,11 @@ impl Experts {
     /// Whether `m` rows of `dtype` need nothing from the host, so that they can be recorded.
     pub fn is_direct(&self, dtype: Dtype, m: usize) -> bool {
         let Some(first) = self.experts.first() else { return true };
-        let fits = |matrix: &Matrix| matrix.dense_values().is_none_or(|v| v.dtype() == dtype);
+        // (Which kernels there are.)
+        let fits = |matrix: &Matrix| match matrix.dense_values() {
+            Some(values) => values.dtype() == dtype,
+            None => dtype != Dtype::F32,
+        };
         m <= DIRECT_ROWS && self.table.is_some() && fits(&first.gate) && fits(&first.down)
     }
 
@@ -238,34 +239,6 @@ impl Experts {
         let (gate, down) = (&self.experts[0].gate, &self.experts[0].down);
         let (mine, per_token) = (self.mine.len(), self.routing.per_token);
         let m = x.len() / gate.cols();
-        let all = |wide: fn(&ExpertMatrices, &Array) -> i32, array: &Array| {
-            self.experts.iter().map(|e| wide(e, array)).min().unwrap_or(0)
-        };
-        let launch = |part: &str, matrix: &Matrix, before: &[_], after: &[_]| {
-            let parts = linear::parts(matrix.rows() * per_token, matrix.cols());
-            let rows_a_block = MATVEC_WARPS / parts * MATVEC_ROWS;
-            let compiled_m = if m == 1 { 1 } else { 4 };
-            let (weights, x) = (matrix.suffix(), x.dtype().suffix());
-            device.launch(
-                &format!("experts_{part}_{weights}_{x}_{compiled_m}"),
-                [grid(matrix.rows().div_ceil(rows_a_block)), grid(mine.min(m * per_token)), 1],
-                [MATVEC_WARPS as u32 * 32, 1, 1],
-                0,
-                &[
-                    before,
-                    &[
-                        matrix.rows().into(),
-                        matrix.cols().into(),
-                        matrix.skip().into(),
-                        long(matrix.stride_bytes()),
-                    ],
-                    after,
-                ]
-                .concat(),
-            )
-        };
-        let parts = |matrix: &Matrix| linear::parts(matrix.rows() * per_token, matrix.cols());
-        let downs = table.slice(2 * mine..3 * mine);
         let lists = [
             (&scratch.active).into(),
             (&scratch.counts).into(),
@@ -273,24 +246,17 @@ impl Experts {
             scratch.max_rows.into(),
             per_token.into(),
         ];
-        launch(
-            "gate_up",
-            gate,
-            &[&[table.into()], &lists[..], &[mine.into(), x.into(), (&scratch.inner).into()]]
-                .concat(),
-            &[
-                number(self.act),
-                parts(gate).into(),
-                all(|e, x| e.gate.wide([x]).min(e.up.wide([x])), x).into(),
-            ],
-        )?;
-        launch(
-            "down",
-            down,
-            &[&[(&downs).into()], &lists[..], &[(&scratch.inner).into(), (&scratch.y).into()]]
-                .concat(),
-            &[parts(down).into(), all(|e, x| e.down.wide([x]), &scratch.inner).into()],
-        )?;
+        let arrays = [mine.into(), number(self.act), x.into(), (&scratch.inner).into()];
+        let wide = |e: &ExpertMatrices| e.gate.wide([x]).min(e.up.wide([x]));
+        let wide = self.experts.iter().map(wide).min().unwrap_or(0);
+        let args = [&[table.into()], &lists[..], &arrays].concat();
+        self.launch_direct(device, "gate_up", gate, (x, m), args, wide)?;
+        let arrays = [(&scratch.inner).into(), (&scratch.y).into()];
+        let wide = |e: &ExpertMatrices| e.down.wide([&scratch.inner]);
+        let wide = self.experts.iter().map(wide).min().unwrap_or(0);
+        let downs = table.slice(2 * mine..3 * mine);
+        let args = [&[(&downs).into()], &lists[..], &arrays].concat();
+        self.launch_direct(device, "down", down, (x, m), args, wide)?;
         device.launch(
             "combine_experts",
             [grid(m), 1, 1],
@@ -306,6 +272,38 @@ impl Experts {
                 out.into(),
                 down.rows().into(),
             ],
+        )
+    }
+
+    /// A product with the matrices like `matrix` of all experts that have rows.
+    fn launch_direct(
+        &self,
+        device: &Device,
+        part: &str,
+        matrix: &Matrix,
+        (x, m): (&Array, usize),
+        mut args: Vec<Arg>,
+        wide: i32,
+    ) -> Result<()> {
+        let pairs = m * self.routing.per_token;
+        let parts = linear::parts(matrix.rows() * self.routing.per_token, matrix.cols());
+        let rows_a_block = MATVEC_WARPS / parts * MATVEC_ROWS;
+        args.extend([
+            matrix.rows().into(),
+            matrix.cols().into(),
+            matrix.skip().into(),
+            long(matrix.stride_bytes()),
+            parts.into(),
+            wide.into(),
+        ]);
+        let (weights, x) = (matrix.suffix(), x.dtype().suffix());
+        let compiled_m = if m == 1 { 1 } else { 4 };
+        device.launch(
+            &format!("experts_{part}_{weights}_{x}_{compiled_m}"),
+            [grid(matrix.rows().div_ceil(rows_a_block)), grid(self.mine.len().min(pairs)), 1],
+            [MATVEC_WARPS as u32 * 32, 1, 1],
+            0,
+            &args,
         )
     }
 
@@ -486,6 +484,7 @@ mod tests {
                 check(device, Dtype::F32, false, 0..EXPERTS, routing);
                 let dtype = [Dtype::F16, Dtype::Bf16][i % 2];
                 check(device, dtype, false, 0..EXPERTS, routing);
+                check(device, dtype, true, 0..EXPERTS, routing);
                 check(device, Dtype::F32, true, 0..EXPERTS, routing);
             }
         }

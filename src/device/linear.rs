@@ -3,8 +3,9 @@
 //! A few rows of activations go through kernels of our own that are bound by the memory the
 //! weights stream from (kernels/linear.cu, kernels/quant.cu); more rows through the device's
 //! matrix product. Quantized weights stay ggml's blocks: their values, bit for bit those of
-//! [`kernels::quant`](crate::kernels::quant), are made in registers, or for many rows
-//! written to scratch memory first.
+//! [`kernels::quant`](crate::kernels::quant), are made in registers; for a batch's rows they are
+//! rounded to the type of the activations and multiplied from shared memory on the tensor cores
+//! (kernels/quant_matmul.cu), and for still more written to scratch memory first.
 //!
 //! Left out: activations of 8 bits for integer or FP8 products. They would double what the
 //! tensor cores do in a prefill, but the results would no longer be those of the weights'
@@ -22,14 +23,21 @@ use crate::kernels::quant::QuantType;
 const MAX_MATVEC: usize = 4;
 /// The same for quantized weights, where the other way reads and writes all values more.
 const MAX_QUANT_MATVEC: usize = 8;
+/// Rows of activations up to which quantized weights are multiplied as they are taken apart.
+const MAX_QUANT_MATMUL: usize = 128;
+/// Rows of weights of a block, and columns of a step: those of kernels/quant_matmul.cu.
+const MATMUL_ROWS: usize = 128;
+const MATMUL_COLS: usize = 64;
+/// Blocks that a matrix should give work: one on each of a large card's multiprocessors.
+const WANTED_BLOCKS: usize = 128;
 /// Rows of weights of a warp, and warps of a block: ROWS and WARPS of kernels/matvec.cuh.
-const MATVEC_ROWS: usize = 2;
-const MATVEC_WARPS: usize = 8;
+pub(super) const MATVEC_ROWS: usize = 2;
+pub(super) const MATVEC_WARPS: usize = 8;
 /// Warps that a matrix should give work: 16 on each of a large card's multiprocessors.
 const WANTED_WARPS: usize = 2048;
 /// Values of a row that a warp should have, so that its sums are not most of its work.
 const LEAST_VALUES: usize = 512;
-/// Bytes of dequantized weights that are multiplied at a time.
+/// Bytes of dequantized weights, or of parts of sums, that there are at a time.
 const SCRATCH_BYTES: usize = 64 << 20;
 /// Values that a thread takes at a time.
 const PIECE: usize = 8;
@@ -178,6 +186,21 @@ impl Matrix {
         wide([self.cols, self.skip()], arrays.into_iter().chain(dense))
     }
 
+    /// How a kernel multiplies the blocks with `m` rows of `dtype` from shared memory, if one does.
+    fn matmul(&self, dtype: Dtype, m: usize) -> Option<Matmul> {
+        let whole = self.cols.is_multiple_of(PIECE) && self.skip().is_multiple_of(PIECE);
+        let wanted = MAX_QUANT_MATVEC < m && m <= MAX_QUANT_MATMUL && self.cols > 0;
+        if self.quant().is_none() || dtype == Dtype::F32 || !whole || !wanted {
+            return None;
+        }
+        let blocks = self.rows.div_ceil(MATMUL_ROWS).max(1);
+        let parts = WANTED_BLOCKS.div_ceil(blocks).min(self.cols.div_ceil(LEAST_VALUES));
+        let step = self.cols.div_ceil(parts).next_multiple_of(MATMUL_COLS);
+        let tiles = m.div_ceil(16).next_power_of_two().max(2);
+        let shape = Matmul { blocks, parts: self.cols.div_ceil(step), step, tiles };
+        (shape.bytes() <= SCRATCH_BYTES).then_some(shape)
+    }
+
     /// Rows that are made floats of `dtype` at a time, and the values from one to the next.
     fn chunk(&self, dtype: Dtype) -> (usize, usize) {
         let stride = match &self.values {
@@ -186,6 +209,28 @@ impl Matrix {
         };
         let rows = SCRATCH_BYTES / (stride * dtype.bytes()).max(1);
         (rows.clamp(1, self.rows.max(1)), stride)
+    }
+}
+
+/// The shape of a product from shared memory.
+struct Matmul {
+    /// Of [`MATMUL_ROWS`] rows of weights.
+    blocks: usize,
+    /// Parts of the columns, each of `step`, whose sums are added up afterwards.
+    parts: usize,
+    step: usize,
+    /// Of 16 rows of activations.
+    tiles: usize,
+}
+
+impl Matmul {
+    /// The sums of all parts.
+    fn len(&self) -> usize {
+        self.parts * 16 * self.tiles * self.blocks * MATMUL_ROWS
+    }
+
+    fn bytes(&self) -> usize {
+        self.len() * Dtype::F32.bytes()
     }
 }
 
@@ -209,7 +254,10 @@ pub fn scratch_bytes(matrix: &Matrix, dtype: Dtype, m: usize) -> usize {
         Some(Dtype::F32) => m * matrix.cols * Dtype::F32.bytes(),
         _ => {
             let (rows, stride) = matrix.chunk(dtype);
-            rows * stride * dtype.bytes()
+            // With fewer rows there may be a way that with more needs too much.
+            let sums = [m, 128, 64, 32].into_iter().filter(|few| *few <= m);
+            let sums = sums.filter_map(|few| Some(matrix.matmul(dtype, few)?.bytes())).max();
+            sums.unwrap_or(0).max(rows * stride * dtype.bytes())
         }
     }
 }
@@ -243,6 +291,9 @@ pub fn linear(
         return matvec(device, x, matrix, out, out_stride, beta);
     }
     assert!(scratch.bytes() >= scratch_bytes(matrix, x.dtype(), m));
+    if let Some(shape) = matrix.matmul(x.dtype(), m).filter(|_| matrix.wide([x]) == 1) {
+        return matmul(device, x, matrix, &shape, (out, out_stride, beta), scratch);
+    }
     let product = |x: &Array, values: &Array, stride: usize, rows: Range<usize>| {
         device.gemm(&Gemm {
             a: x,
@@ -318,6 +369,52 @@ fn matvec(
             i32::from(beta == 1.0).into(),
             parts.into(),
             matrix.wide([x]).into(),
+        ],
+    )
+}
+
+fn matmul(
+    device: &Device,
+    x: &Array,
+    matrix: &Matrix,
+    shape: &Matmul,
+    (out, out_stride, beta): (&Array, usize, f32),
+    scratch: &Array,
+) -> Result<()> {
+    let m = x.len() / matrix.cols;
+    let sums = part(scratch, Dtype::F32, shape.len());
+    device.launch(
+        &format!("matmul_{}_{}_{}", matrix.suffix(), x.dtype().suffix(), shape.tiles),
+        [grid(shape.blocks), grid(shape.parts), 1],
+        [MATMUL_ROWS as u32 / 16 * 32, 1, 1],
+        0,
+        &[
+            matrix.storage().into(),
+            x.into(),
+            (&sums).into(),
+            matrix.rows.into(),
+            matrix.cols.into(),
+            matrix.skip().into(),
+            long(matrix.stride_bytes()),
+            m.into(),
+            shape.step.into(),
+        ],
+    )?;
+    let threads = 256;
+    device.launch(
+        &format!("add_partial_{}", out.dtype().suffix()),
+        [grid(matrix.rows.div_ceil(threads)), grid(m), 1],
+        [threads as u32, 1, 1],
+        0,
+        &[
+            (&sums).into(),
+            shape.parts.into(),
+            (16 * shape.tiles).into(),
+            (shape.blocks * MATMUL_ROWS).into(),
+            out.into(),
+            matrix.rows.into(),
+            long(out_stride),
+            i32::from(beta == 1.0).into(),
         ],
     )
 }
@@ -645,6 +742,28 @@ mod tests {
                         for m in [1, 2, 3, 7, 9] {
                             case.check(device, m);
                         }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn products_of_blocks_with_a_batch_equal_the_formula() {
+        // More rows of weights than one block has; columns in several parts.
+        for (device, dtype) in devices().iter().zip([Dtype::F16, Dtype::Bf16, Dtype::F16]) {
+            let shapes = [
+                (QuantType::Q8_0, [130, 64, 8]),
+                (QuantType::Q4_K, [33, 1280, 0]),
+                (QuantType::Q6_K, [20, 1024 - 48, 16]),
+            ];
+            for (quant, shape) in shapes {
+                let (matrix, values) = quantized(device, quant, shape);
+                for (out, beta) in [(Dtype::F32, 1.0), (dtype, 0.0)] {
+                    let (matrix, values) = (matrix.clone(), values.clone());
+                    let case = Case { matrix, values, dtype, out, beta };
+                    for m in [9, 33, 65, 129] {
+                        case.check(device, m);
                     }
                 }
             }

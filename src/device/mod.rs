@@ -12,10 +12,14 @@ pub mod array;
 pub mod attention;
 pub mod choice;
 pub mod collectives;
+#[cfg(feature = "cuda")]
+mod cublas;
 #[cfg(feature = "emulator")]
 pub mod emulator;
 pub mod experts;
 pub mod gemm;
+#[cfg(feature = "cuda")]
+mod libraries;
 pub mod linear;
 #[cfg(feature = "nccl")]
 pub mod nccl;

@@ -1,22 +1,55 @@
-//! Sums and gathers from device to device by NCCL, on the device's own queue.
+//! Sums and gathers from device to device by NCCL 2, on the device's own queue.
 
-use std::ffi::c_void;
-use std::mem::MaybeUninit;
+use std::ffi::{c_char, c_int, c_void};
 use std::sync::Arc;
 
-use cudarc::nccl::{result as nccl, sys};
+use libloading::Library;
 
 use super::collectives::DeviceComm;
+use super::libraries::{find, function};
 use super::{Array, Device};
 use crate::comm::TensorComm;
 use crate::{Error, Result};
 
+/// The plain name is there where a development package is.
+const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
+
+// nccl.h.
+const FLOAT32: c_int = 7;
+const SUM: c_int = 0;
+/// Bytes of an id.
+const ID_BYTES: usize = 128;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct UniqueId([c_char; ID_BYTES]);
+
+type Comm = *mut c_void;
+type GetUniqueId = unsafe extern "C" fn(*mut UniqueId) -> c_int;
+type CommInitRank = unsafe extern "C" fn(*mut Comm, c_int, UniqueId, c_int) -> c_int;
+type CommDestroy = unsafe extern "C" fn(Comm) -> c_int;
+type AllReduce = unsafe extern "C" fn(
+    *const c_void,
+    *mut c_void,
+    usize,
+    c_int,
+    c_int,
+    Comm,
+    *mut c_void,
+) -> c_int;
+type AllGather =
+    unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, Comm, *mut c_void) -> c_int;
+
 /// A group's communicator.
 pub struct Nccl {
-    comm: sys::ncclComm_t,
+    comm: Comm,
     rank: usize,
     size: usize,
-    /// The communicator uses the device's context.
+    destroy: CommDestroy,
+    all_reduce: AllReduce,
+    all_gather: AllGather,
+    // The functions are its own, and the communicator uses the device's context: they go last.
+    _library: Library,
     _device: Device,
 }
 
@@ -28,56 +61,64 @@ unsafe impl Sync for Nccl {}
 impl Nccl {
     /// Whether the library is there.
     pub fn is_present() -> bool {
-        // SAFETY: looks for the library and nothing more.
-        unsafe { sys::is_culib_present() }
+        find(&NAMES).is_some()
     }
 
     /// Collective over the group, whose messages carry rank 0's id to the others. Every rank
     /// needs a device of its own.
     ///
     /// # Errors
-    /// A fault of NCCL; alike on all ranks where rank 0 gets no id, by a group that hangs nobody.
+    /// No library; what NCCL says. Where rank 0 gets no id, an error on every rank.
     pub fn new(device: &Device, group: &Arc<dyn TensorComm>) -> Result<Self> {
         let (rank, size) = (group.rank(), group.size());
-        // The id, and whether there is one.
-        let mut message = [0u8; 129];
-        let mut failed = None;
-        if rank == 0 {
-            match nccl::get_uniqueid() {
-                Ok(id) => {
-                    message[0] = 1;
-                    for (to, from) in message[1..].iter_mut().zip(id.internal) {
-                        *to = from as u8;
-                    }
-                }
-                Err(error) => failed = Some(fault("an id for the group", &error)),
-            }
-        }
-        group.broadcast_bytes(0, &mut message);
-        if message[0] == 0 {
-            return Err(failed.unwrap_or_else(|| Error::fault("NCCL: rank 0 has no id")));
-        }
-        let mut id = sys::ncclUniqueId { internal: [0; 128] };
-        for (to, from) in id.internal.iter_mut().zip(&message[1..]) {
-            *to = *from as std::ffi::c_char;
-        }
-        device.synchronize()?;
-        let mut comm = MaybeUninit::uninit();
-        // SAFETY: the device's context is current on this thread after `synchronize`; all ranks
-        // of the group come here with the same id.
-        let comm = unsafe {
-            nccl::comm_init_rank(comm.as_mut_ptr(), size as i32, id, rank as i32)
-                .map_err(|error| fault("joining the group", &error))?;
-            comm.assume_init()
+        let library = find(&NAMES).ok_or_else(|| Error::input("NCCL is not found"))?;
+        // SAFETY: the signatures of nccl.h.
+        let (unique_id, init, destroy, all_reduce, all_gather) = unsafe {
+            (
+                function::<GetUniqueId>(&library, "ncclGetUniqueId")?,
+                function::<CommInitRank>(&library, "ncclCommInitRank")?,
+                function(&library, "ncclCommDestroy")?,
+                function(&library, "ncclAllReduce")?,
+                function(&library, "ncclAllGather")?,
+            )
         };
-        Ok(Self { comm, rank, size, _device: device.clone() })
+        let id = shared_id(unique_id, group)?;
+        // Makes the device's context current on this thread.
+        device.synchronize()?;
+        let mut comm = std::ptr::null_mut();
+        // SAFETY: all ranks of the group come here with the same id, each on its own device.
+        let status = unsafe { init(&raw mut comm, size as c_int, id, rank as c_int) };
+        check(status, "joining the group")?;
+        let (_library, _device) = (library, device.clone());
+        Ok(Self { comm, rank, size, destroy, all_reduce, all_gather, _library, _device })
     }
+}
+
+/// Rank 0's id, on every rank.
+fn shared_id(unique_id: GetUniqueId, group: &Arc<dyn TensorComm>) -> Result<UniqueId> {
+    // The id, and first its status.
+    let mut message = [0u8; 1 + ID_BYTES];
+    if group.rank() == 0 {
+        let mut id = UniqueId([0; ID_BYTES]);
+        // SAFETY: room for an id.
+        message[0] = unsafe { unique_id(&raw mut id) } as u8;
+        for (to, from) in message[1..].iter_mut().zip(id.0) {
+            *to = from as u8;
+        }
+    }
+    group.broadcast_bytes(0, &mut message);
+    check(c_int::from(message[0]), "an id for the group")?;
+    let mut id = UniqueId([0; ID_BYTES]);
+    for (to, from) in id.0.iter_mut().zip(&message[1..]) {
+        *to = *from as c_char;
+    }
+    Ok(id)
 }
 
 impl Drop for Nccl {
     fn drop(&mut self) {
-        // SAFETY: nothing is queued on it any more; a failure here has nobody to hear it.
-        let _ = unsafe { nccl::comm_destroy(self.comm) };
+        // SAFETY: made by `new`; nothing is queued on it any more.
+        unsafe { (self.destroy)(self.comm) };
     }
 }
 
@@ -91,38 +132,21 @@ impl DeviceComm for Nccl {
     }
 
     fn all_reduce_sum(&self, device: &Device, values: &Array) -> Result<()> {
-        let at = values.address() as *mut c_void;
+        let (at, len) = (values.address() as *mut c_void, values.len());
+        let stream = device.stream() as *mut c_void;
         // SAFETY: an array of as many f32 values, in place, on the device's queue.
-        unsafe {
-            nccl::all_reduce(
-                at,
-                at,
-                values.len(),
-                sys::ncclDataType_t::ncclFloat32,
-                sys::ncclRedOp_t::ncclSum,
-                self.comm,
-                device.stream() as sys::cudaStream_t,
-            )
-        }
-        .map_err(|error| fault("a sum over the group", &error))?;
-        Ok(())
+        let status = unsafe { (self.all_reduce)(at, at, len, FLOAT32, SUM, self.comm, stream) };
+        check(status, "a sum over the group")
     }
 
     fn all_gather(&self, device: &Device, local: &Array, all: &Array) -> Result<()> {
         assert!(all.len() >= local.len() * self.size);
+        let (from, to) = (local.address() as *const c_void, all.address() as *mut c_void);
+        let stream = device.stream() as *mut c_void;
         // SAFETY: arrays of as many f32 values, on the device's queue.
-        unsafe {
-            nccl::all_gather(
-                local.address() as *const c_void,
-                all.address() as *mut c_void,
-                local.len(),
-                sys::ncclDataType_t::ncclFloat32,
-                self.comm,
-                device.stream() as sys::cudaStream_t,
-            )
-        }
-        .map_err(|error| fault("a gather over the group", &error))?;
-        Ok(())
+        let status =
+            unsafe { (self.all_gather)(from, to, local.len(), FLOAT32, self.comm, stream) };
+        check(status, "a gather over the group")
     }
 
     fn can_be_captured(&self) -> bool {
@@ -130,6 +154,12 @@ impl DeviceComm for Nccl {
     }
 }
 
-fn fault(what: &str, error: &nccl::NcclError) -> Error {
-    Error::fault(format!("NCCL: {what}: {:?}; NCCL_DEBUG=INFO says more", error.0))
+fn check(status: c_int, what: &str) -> Result<()> {
+    match status {
+        0 => Ok(()),
+        status => {
+            let hint = "NCCL_DEBUG=WARN says more";
+            Err(Error::fault(format!("NCCL: {what}: status {status}; {hint}")))
+        }
+    }
 }

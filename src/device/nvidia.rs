@@ -10,12 +10,12 @@ use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cudarc::cublas::{result as cublas, sys as blas};
 use cudarc::driver::result::{self as cuda, DriverError};
 use cudarc::driver::sys;
 use rayon::prelude::*;
 
 use super::choice::{NoDevice, Visible};
+use super::cublas::Blas;
 use super::gemm::Call;
 use super::{Device, Driver, Dtype, Launch, Properties, Replay};
 use crate::{Error, Result};
@@ -114,17 +114,15 @@ fn pci_bus_id(device: sys::CUdevice) -> Option<String> {
 /// Opens a GPU of [`cards`], by its ordinal.
 ///
 /// # Errors
-/// One for which the kernels were not compiled; no cuBLAS; a fault of the driver.
+/// No driver; a card for which the kernels were not compiled; no cuBLAS; a fault of the driver.
 pub fn open(ordinal: usize) -> Result<Device> {
+    // SAFETY: looks for the library and nothing more.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(Error::input("there is no CUDA driver (libcuda.so.1) on this node"));
+    }
+    cuda::init().map_err(|error| fault("the CUDA driver does not start", error))?;
     let device = cuda::device::get(ordinal as c_int).map_err(|e| fault("opening it", e))?;
     let properties = properties(device).map_err(|e| fault("its properties", e))?;
-    // SAFETY: looks for the library and nothing more.
-    if !unsafe { blas::is_culib_present() } {
-        return Err(Error::input(
-            "cuBLAS (libcublas.so) is not found: load the cluster's CUDA module, or add its \
-             folder to LD_LIBRARY_PATH",
-        ));
-    }
     let nvidia = Nvidia::open(ordinal as c_int, properties)?;
     Ok(Device::new(Arc::new(nvidia)))
 }
@@ -172,13 +170,6 @@ struct Nvidia {
     context: Arc<Context>,
 }
 
-struct Blas(blas::cublasHandle_t);
-
-// SAFETY: a handle may change threads; calls are queued by one rank's thread at a time.
-unsafe impl Send for Blas {}
-// SAFETY: as above; cuBLAS's handles are thread-safe apart from their settings, set once.
-unsafe impl Sync for Blas {}
-
 /// The loaded kernels.
 struct Modules {
     modules: Vec<sys::CUmodule>,
@@ -210,17 +201,10 @@ impl Nvidia {
         let has_pools = keep_pool(device);
         let context = Arc::new(Context { device, context, stream, has_pools });
         let modules = Modules::load(&properties)?;
-        // SAFETY: the context is current; both are given up with `Nvidia`.
-        let (blas, workspace) = unsafe {
-            let handle = cublas::create_handle().map_err(blas_fault)?;
-            cublas::set_stream(handle, stream.cast()).map_err(blas_fault)?;
-            let workspace =
-                cuda::malloc_sync(WORKSPACE_BYTES).map_err(failed("cuBLAS's memory"))?;
-            blas::cublasSetWorkspace_v2(handle, workspace as *mut c_void, WORKSPACE_BYTES)
-                .result()
-                .map_err(blas_fault)?;
-            (Blas(handle), workspace)
-        };
+        // SAFETY: the context is current; given up with `Nvidia`.
+        let workspace = unsafe { cuda::malloc_sync(WORKSPACE_BYTES) };
+        let workspace = workspace.map_err(failed("cuBLAS's memory"))?;
+        let blas = Blas::new(stream as u64, workspace, WORKSPACE_BYTES)?;
         let staging = Mutex::new(None);
         Ok(Self { staging, workspace, blas, modules, properties, context })
     }
@@ -261,7 +245,7 @@ impl Modules {
         let mut modules = Vec::new();
         for image in compiled::MODULES {
             // SAFETY: a fat binary of nvcc's, whole.
-            let module = unsafe { cuda::module::load_data(image.as_ptr().cast()) };
+            let module = unsafe { cuda::module::load_data(image.0.as_ptr().cast()) };
             modules.push(module.map_err(|error| unsupported(properties, error))?);
         }
         if modules.is_empty() {
@@ -318,7 +302,6 @@ impl Drop for Nvidia {
         // SAFETY: nothing uses them any more; a failure here has nobody to hear it.
         unsafe {
             let _ = cuda::stream::synchronize(self.context.stream);
-            let _ = cublas::destroy_handle(self.blas.0);
             let _ = cuda::free_sync(self.workspace);
             for module in &self.modules.modules {
                 let _ = cuda::module::unload(*module);
@@ -483,42 +466,9 @@ impl Driver for Nvidia {
         .map_err(|error| fault(&format!("kernel {}", launch.kernel), error))
     }
 
-    /// cuBLAS's matrices are column-major, which a row-major one is transposed: it is asked
-    /// for cᵀ = op(b)ᵀ · op(a)ᵀ.
     fn gemm(&self, gemm: &Call) -> Result<()> {
         self.context.current()?;
-        let transpose = |transposed| match transposed {
-            true => blas::cublasOperation_t::CUBLAS_OP_T,
-            false => blas::cublasOperation_t::CUBLAS_OP_N,
-        };
-        let int = |n: usize| c_int::try_from(n).map_err(Error::fault);
-        let (alpha, beta) = (gemm.alpha, gemm.beta);
-        // SAFETY: `Gemm` has checked the arrays; the factors are read before the call returns.
-        unsafe {
-            cublas::gemm_ex(
-                self.blas.0,
-                transpose(gemm.transpose_b),
-                transpose(gemm.transpose_a),
-                int(gemm.n)?,
-                int(gemm.m)?,
-                int(gemm.k)?,
-                std::ptr::from_ref(&alpha).cast(),
-                gemm.b as *const c_void,
-                data_type(gemm.operands),
-                int(gemm.b_stride)?,
-                gemm.a as *const c_void,
-                data_type(gemm.operands),
-                int(gemm.a_stride)?,
-                std::ptr::from_ref(&beta).cast(),
-                gemm.c as *mut c_void,
-                data_type(gemm.result),
-                int(gemm.c_stride)?,
-                // Plain f32, never TF32.
-                blas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
-                blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
-            )
-        }
-        .map_err(blas_fault)
+        self.blas.gemm(gemm)
     }
 
     fn synchronize(&self) -> Result<()> {
@@ -586,14 +536,6 @@ impl Drop for Recorded {
     }
 }
 
-fn data_type(dtype: Dtype) -> blas::cudaDataType {
-    match dtype {
-        Dtype::F16 => blas::cudaDataType::CUDA_R_16F,
-        Dtype::Bf16 => blas::cudaDataType::CUDA_R_16BF,
-        _ => blas::cudaDataType::CUDA_R_32F,
-    }
-}
-
 fn fault(what: &str, error: DriverError) -> Error {
     Error::fault(format!("GPU: {what}: {}", text(error)))
 }
@@ -602,10 +544,6 @@ fn text(error: DriverError) -> String {
     let said = error.error_string().ok().map(|said| said.to_string_lossy().into_owned());
     let name = error.error_name().ok().map(|name| name.to_string_lossy().into_owned());
     format!("{} ({})", said.unwrap_or_default(), name.unwrap_or_default())
-}
-
-fn blas_fault(error: cublas::CublasError) -> Error {
-    Error::fault(format!("GPU: a matrix product: cuBLAS says {:?}", error.0))
 }
 
 fn unsupported(properties: &Properties, error: DriverError) -> Error {

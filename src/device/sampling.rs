@@ -421,6 +421,8 @@ struct TokenCounts {
     vocab_size: usize,
     /// u32 `[slots][vocab]`; none until a sequence needs it.
     table: Option<Array>,
+    /// A history on its way into a slot.
+    history: Array,
     slots: Vec<Slot>,
     /// Places in `slots` by sequence.
     places: HashMap<u64, usize>,
@@ -446,6 +448,7 @@ impl TokenCounts {
             device: device.clone(),
             vocab_size,
             table: None,
+            history: device.uninitialised(Dtype::U32, 0)?,
             slots: Vec::new(),
             places: HashMap::new(),
             step: 0,
@@ -508,15 +511,19 @@ impl TokenCounts {
         places.min_by_key(|&place| self.slots[place].step).unwrap_or(0)
     }
 
-    fn count(&self, place: usize, history: &[u32]) -> Result<()> {
+    fn count(&mut self, place: usize, history: &[u32]) -> Result<()> {
         const THREADS: u32 = 256;
         const MAX_BLOCKS: u32 = 64;
         let Some(table) = &self.table else { return Ok(()) };
         let slot = table.slice(place * self.vocab_size..(place + 1) * self.vocab_size);
         self.device.fill_zero(&slot)?;
-        let tokens = self.device.upload(history)?;
+        if history.len() > self.history.len() {
+            let len = history.len().next_power_of_two();
+            self.history = self.device.uninitialised(Dtype::U32, len)?;
+        }
+        self.device.write(&self.history, history)?;
         let grid = [blocks(history.len(), THREADS as usize).min(MAX_BLOCKS), 1, 1];
-        let arguments: [Arg; 3] = [(&tokens).into(), history.len().into(), (&slot).into()];
+        let arguments: [Arg; 3] = [(&self.history).into(), history.len().into(), (&slot).into()];
         self.device.launch("sampling_count", grid, [THREADS, 1, 1], 0, &arguments)
     }
 

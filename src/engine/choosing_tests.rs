@@ -3,9 +3,7 @@
 
 use super::*;
 use crate::Result;
-use crate::model::{
-    Logits, LogitsError, Logprobs, RowChoice, RowChoices, RowSampling, Runner, StepBatch,
-};
+use crate::model::{Logits, LogitsError, Logprobs, RowChoice, RowChoices, RowSampling, StepBatch};
 
 /// A choice by the engine's own functions, from nothing but what the runner is told.
 fn choose_on_host(
@@ -50,7 +48,7 @@ enum Chooser {
     Device(crate::device::Device, Box<crate::device::sampling::RowChooser>),
 }
 
-struct Choosing {
+pub struct Choosing {
     fake: FakeRunner,
     chooser: Chooser,
     /// Numbers of the sequences with penalties, and the longest history of each.
@@ -58,12 +56,12 @@ struct Choosing {
 }
 
 impl Choosing {
-    fn new(fake: FakeRunner) -> Self {
+    pub fn new(fake: FakeRunner) -> Self {
         Self { fake, chooser: Chooser::Host, histories: BTreeMap::new() }
     }
 
     #[cfg(feature = "emulator")]
-    fn on_device(fake: FakeRunner, device: &crate::device::Device) -> Self {
+    pub fn on_device(fake: FakeRunner, device: &crate::device::Device) -> Self {
         let chooser = crate::device::sampling::RowChooser::new(device, fake.vocab_size).unwrap();
         let chooser = Chooser::Device(device.clone(), Box::new(chooser));
         Self { fake, chooser, histories: BTreeMap::new() }
@@ -195,11 +193,9 @@ fn a_row_with_more_logprobs_than_a_runner_reports_comes_to_the_host() {
     let few = request(2, &[1, 2], SamplingParams { logprobs: Some(3), ..params });
     let runner = Choosing::new(FakeRunner::new(12, 4, MAX_SEQ_LEN));
     let mut engine = choosing_engine(runner, 4, 16);
-    let _ = [&many, &few].map(|request| engine.add(request.clone()));
-    let mut outputs = BTreeMap::new();
-    while engine.has_work() {
-        outputs.extend(engine.step().unwrap().finished.into_iter().map(|o| (o.key, o)));
-    }
+    engine.add(many.clone());
+    engine.add(few.clone());
+    let outputs = run_to_end(&mut engine);
     for request in [many, few] {
         assert_eq!(outputs[&request.key], reference(&request));
     }
@@ -287,7 +283,7 @@ fn a_device_that_chooses_gives_what_the_engine_gives() {
 
 /// Equal but for the last digits of log-probabilities.
 #[cfg(feature = "emulator")]
-fn assert_close(got: &EngineOutput, want: &EngineOutput) {
+pub fn assert_close(got: &EngineOutput, want: &EngineOutput) {
     let plain =
         |output: &EngineOutput| EngineOutput { logprobs: None, score: None, ..output.clone() };
     assert_eq!(plain(got), plain(want));

@@ -8,7 +8,7 @@ use super::block_manager::BlockManager;
 use super::detokenizer::TokenDecoder;
 use super::guide::{Grammar, Guides};
 use super::output::{EngineOutput, EngineRequest, Mode, Unfinished};
-use super::sampler::{RowResult, RowTask, Sampler, StepResults, row_sampling};
+use super::sampler::{RowResult, RowTask, Sampler, StepResults, masks, row_sampling};
 use super::scheduler::{Scheduler, SchedulerConfig, StepPlan};
 use super::sequence::Sequence;
 use crate::model::{LogitsWanted, RowChoice, RowSampling, Runner};
@@ -200,8 +200,12 @@ impl<R: Runner> Engine<R> {
             )));
         }
         let running = scheduler.running();
-        let row_of = |task: &RowTask| row_sampling(task, &running[task.running]);
-        let rows: Vec<RowSampling> = tasks.iter().map(row_of).collect();
+        let masks = masks(tasks, running);
+        let rows: Vec<RowSampling> = tasks
+            .iter()
+            .zip(&masks)
+            .map(|(task, mask)| row_sampling(task, &running[task.running], mask.as_ref()))
+            .collect();
         let choices = runner.forward_and_choose(&plan.batch, &rows, eos_token_ids)?;
         let fits = |(row, choice): (&RowSampling, &_)| match (row, choice) {
             (_, Err(_)) | (RowSampling::Score { .. }, Ok(RowChoice::Score(_))) => true,

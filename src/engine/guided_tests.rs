@@ -3,6 +3,9 @@
 
 use serde_json::Value;
 
+use super::choosing::Choosing;
+#[cfg(feature = "emulator")]
+use super::choosing::assert_close;
 use super::guide::testing::{EOS, VOCAB_SIZE, Words, schema, schemas, words};
 use super::*;
 
@@ -14,8 +17,20 @@ fn engine(
     max_batch_size: usize,
     max_batched_tokens: usize,
 ) -> Engine<FakeRunner> {
+    engine_over(runner(num_blocks), max_batch_size, max_batched_tokens)
+}
+
+fn runner(num_blocks: usize) -> FakeRunner {
     let mut runner = FakeRunner::new(num_blocks, 8, CONTEXT);
     runner.vocab_size = VOCAB_SIZE;
+    runner
+}
+
+fn engine_over<R: Runner>(
+    runner: R,
+    max_batch_size: usize,
+    max_batched_tokens: usize,
+) -> Engine<R> {
     let config = EngineConfig {
         max_batch_size,
         max_batched_tokens,
@@ -121,6 +136,31 @@ fn a_guided_text_does_not_depend_on_what_shares_its_batch() {
         }
     }
     assert_eq!(cut, alone);
+}
+
+/// Its rows go by the guides' bitmaps, or to the host; what is taken in a token's place is
+/// what counts afterwards.
+#[test]
+fn a_runner_that_chooses_keeps_to_the_guides() {
+    fn run<R: Runner>(mut engine: Engine<R>) -> BTreeMap<u64, EngineOutput> {
+        let schemas = schemas();
+        for key in 0..24 {
+            let schema = &schemas[key as usize % schemas.len()];
+            engine.add(guided(key, Guide::json_schema(schema), 40 + 3 * key as usize));
+        }
+        let unguided = SamplingParams { max_new_tokens: 30, ..Default::default() };
+        engine.add(request(24, &[4, 5], unguided));
+        run_to_end(&mut engine)
+    }
+    let want = run(engine(100, 8, 64));
+    assert_eq!(run(engine_over(Choosing::new(runner(100)), 8, 64)), want);
+    #[cfg(feature = "emulator")]
+    {
+        let on_device = Choosing::on_device(runner(100), &crate::device::Device::emulated());
+        for (key, output) in run(engine_over(on_device, 8, 64)) {
+            assert_close(&output, &want[&key]);
+        }
+    }
 }
 
 #[test]

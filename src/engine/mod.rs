@@ -5,7 +5,8 @@
 //! from its [`sequence`]s and the [`block_manager`]'s free blocks; the runner
 //! makes logits of them; [`sampler`] turns every row into a token ([`choose`])
 //! or a score ([`softmax`]) with draws from [`rng`], among the tokens that the
-//! sequence's [`guide`] allows; [`stop`] and [`detokenizer`] find where a text ends.
+//! sequence's [`guide`] allows; or the runner, told what the row is for, does so itself.
+//! [`stop`] and [`detokenizer`] find where a text ends.
 //!
 //! What a record yields depends on the record alone, never on what shares its
 //! batch, how its prefill was chunked or whether it was preempted. So what an

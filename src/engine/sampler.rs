@@ -4,6 +4,7 @@
 //! sequence alone, so neither the split over threads nor what the other rows ask can
 //! show.
 
+use llguidance::toktrie::SimpleVob;
 use rayon::prelude::*;
 
 use super::choose::{Scratch, choose, score, token_logprob};
@@ -48,15 +49,42 @@ impl StepResults {
     }
 }
 
-/// What to tell a runner that chooses itself. A guide's rows are left to the host: it may
-/// take another token than the chosen one.
-pub fn row_sampling<'a>(task: &RowTask, sequence: &'a Sequence) -> RowSampling<'a> {
+/// The tokens that the guides of `tasks` leave, for a runner that chooses itself; `None`
+/// where there is no guide, or where the row comes to the host.
+pub fn masks(tasks: &[RowTask], running: &[Sequence]) -> Vec<Option<SimpleVob>> {
+    let mask_of = |task: &RowTask| {
+        let sequence = &running[task.running];
+        // A guide may take another token than the chosen one; that one's log-probability
+        // is known on the host alone.
+        if task.target.is_some() || sequence.params().logprobs.is_some() {
+            return None;
+        }
+        // An error is told when the host looks at the row.
+        sequence.matcher()?.allowed(sequence.params().ignore_eos).ok()
+    };
+    if has_guides(tasks, running) {
+        tasks.par_iter().map(mask_of).collect()
+    } else {
+        vec![None; tasks.len()]
+    }
+}
+
+fn has_guides(tasks: &[RowTask], running: &[Sequence]) -> bool {
+    tasks.iter().any(|task| running[task.running].is_guided())
+}
+
+/// What to tell a runner that chooses itself; `allowed` is of [`masks`].
+pub fn row_sampling<'a>(
+    task: &RowTask,
+    sequence: &'a Sequence,
+    allowed: Option<&'a SimpleVob>,
+) -> RowSampling<'a> {
     if let Some(target) = task.target {
         return RowSampling::Score { target };
     }
     let params = sequence.params();
     let has_many_logprobs = params.logprobs.is_some_and(|n| n > MAX_TOP_LOGPROBS);
-    if sequence.is_guided() || has_many_logprobs {
+    if has_many_logprobs || (sequence.is_guided() && allowed.is_none()) {
         return RowSampling::Logits;
     }
     let penalties = sequence.counts().map(|_| Penalties {
@@ -74,7 +102,7 @@ pub fn row_sampling<'a>(task: &RowTask, sequence: &'a Sequence) -> RowSampling<'
         penalties,
         draw: sequence.draw(),
         suppress_eos: params.ignore_eos,
-        allowed: None,
+        allowed: allowed.map(SimpleVob::as_slice),
         logprobs: params.logprobs,
     })
 }
@@ -108,7 +136,7 @@ pub enum RowError {
 
 impl Sampler {
     /// Below this many logits a step, handing rows to threads costs more than it
-    /// saves.
+    /// saves; not so guides, which cost more.
     const MIN_PARALLEL_LOGITS: usize = 1 << 15;
 
     /// Runs all `tasks`; the results are in their order. `eos_token_ids` are
@@ -124,7 +152,8 @@ impl Sampler {
         let Self { scratch, results } = self;
         results.clear();
         results.resize_with(tasks.len(), || Ok(RowResult::Score(0.0)));
-        let is_small = given.num_logits() < Self::MIN_PARALLEL_LOGITS;
+        let is_small =
+            given.num_logits() < Self::MIN_PARALLEL_LOGITS && !has_guides(tasks, running);
         let threads = if is_small { 1 } else { rayon::current_num_threads() };
         if scratch.len() < threads {
             scratch.resize_with(threads, Scratch::default);
@@ -163,13 +192,17 @@ fn result_of(
         StepResults::Choices(choices) => match &choices[task.row] {
             Ok(RowChoice::Logits(row)) => run_one(task, row, sequence, eos_token_ids, scratch),
             Ok(RowChoice::Score(logprob)) => Ok(RowResult::Score(*logprob)),
-            Ok(RowChoice::Token(token, logprobs)) => {
-                let report = |logprobs: &Logprobs| TokenLogprob {
-                    token: *token,
-                    logprob: logprobs.chosen,
-                    top: logprobs.top.clone(),
-                };
-                Ok(RowResult::Token(*token, logprobs.as_ref().map(report)))
+            Ok(RowChoice::Token(token, None)) => match sequence.matcher() {
+                None => Ok(RowResult::Token(*token, None)),
+                Some(mut matcher) => {
+                    let taken = matcher.take(*token, sequence.room()).map_err(RowError::Guide)?;
+                    Ok(RowResult::Token(taken, None))
+                }
+            },
+            Ok(RowChoice::Token(token, Some(logprobs))) => {
+                let Logprobs { chosen, top } = logprobs.clone();
+                let report = TokenLogprob { token: *token, logprob: chosen, top };
+                Ok(RowResult::Token(*token, Some(report)))
             }
             Err(error) => Err(RowError::Logits(*error)),
         },

@@ -11,6 +11,7 @@ use super::choose::{Scratch, TokenCounts, choose, score, token_logprob};
 use super::fake_runner::{EOS, FakeRunner, VOCAB_SIZE, push_logits};
 use super::stop::earliest_stop;
 use super::*;
+use crate::model::Runner;
 
 /// The property tests' configuration: the same cases in every run.
 pub fn config(cases: u32) -> ProptestConfig {
@@ -64,7 +65,7 @@ fn request(key: u64, prompt: &[u32], params: SamplingParams) -> EngineRequest {
     }
 }
 
-fn run_to_end(engine: &mut Engine<FakeRunner>) -> BTreeMap<u64, EngineOutput> {
+fn run_to_end<R: Runner>(engine: &mut Engine<R>) -> BTreeMap<u64, EngineOutput> {
     let mut outputs = BTreeMap::new();
     while engine.has_work() {
         for output in engine.step().unwrap().finished {

@@ -191,8 +191,9 @@ test_template_by_mpirun() {
 }
 
 test_template_gpu_is_accepted() {
-    with_module modulefiles sbatch --test-only "$APPS/share/farm/slurm/farm-gpu.sbatch" --help
-    with_module modulefiles sbatch --test-only -N2 --ntasks-per-node=2 --gpus-per-node=2 \
+    # These nodes have two CPUs.
+    with_module modulefiles sbatch --test-only --cpus-per-task=2 "$APPS/share/farm/slurm/farm-gpu.sbatch" --help
+    with_module modulefiles sbatch --test-only -N2 --ntasks-per-node=2 --gpus-per-node=2 --cpus-per-task=1 \
         "$APPS/share/farm/slurm/farm-gpu.sbatch" --help
 }
 
@@ -387,7 +388,7 @@ test_submit_to_all_partitions() {
     mkdir -p "$SCRATCH/submitted"
     write_long_prompts $((3 * LONG_RECORDS)) > "$prompts"
     # shellcheck disable=SC2046 # a list of arguments
-    login "$FARM" submit --partitions=all --stats $(long_arguments submitted "$prompts" --max-batch-size 4) \
+    login "$FARM" submit --partitions=all --sbatch-arg=--cpus-per-task=1 --stats $(long_arguments submitted "$prompts" --max-batch-size 4) \
         > "$SCRATCH/submitted/said"
     expect_match "what it said" "^farm status $(run_dir submitted)$" "$SCRATCH/submitted/said"
     mapfile -t jobs < <(grep -oE '^job [0-9]+' "$SCRATCH/submitted/said" | cut -d' ' -f2)

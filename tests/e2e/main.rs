@@ -5,6 +5,8 @@
 mod common;
 
 mod adapters;
+#[cfg(any(feature = "emulator", feature = "cuda"))]
+mod device;
 mod finetune;
 mod formats;
 mod guided;

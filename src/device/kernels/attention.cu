@@ -14,6 +14,7 @@
 // Left out: attention sinks, masks other than causal and sliding, and an own fast path on
 // tensor cores for f32 (TF32 would round its operands to 10 bits).
 #include "common.cuh"
+#include "tiles.cuh"
 
 namespace {
 
@@ -27,6 +28,11 @@ struct Rule {
     int window;
     float softcap;
     const float* slopes;
+    float inverse_softcap;
+
+    __device__ Rule(float scale_, int window_, float softcap_, const float* slopes_)
+        : scale(scale_), window(window_), softcap(softcap_), slopes(slopes_),
+          inverse_softcap(softcap_ > 0.0f ? 1.0f / softcap_ : 0.0f) {}
 
     // The first key that the query at `position` sees.
     __device__ __forceinline__ int first(int position) const { return window > 0 ? max(position + 1 - window, 0) : 0; }
@@ -38,7 +44,7 @@ struct Rule {
 
     __device__ __forceinline__ float score(float dot, float slope, int key) const {
         float score = dot * scale;
-        if (softcap > 0.0f) score = softcap * tanhf(score / softcap);
+        if (softcap > 0.0f) score = softcap * tanhf(score * inverse_softcap);
         if (slopes) {
             const float bias = slope * to_f32(from_f32<bf16>(static_cast<float>(key)));
             score += to_f32(from_f32<bf16>(bias)) * scale;
@@ -451,16 +457,209 @@ template <class T> __device__ void attend_combine(const Rows<T>& rows, int split
 
 // ---------------------------------------------------------------- tensor cores: 16 queries of a warp
 
+// 16 queries (or fewer) of one KV head against tiles of KEYS keys, heads padded by zeros to DIM,
+// all by one warp. Of QueryTile there are two: for wmma and from compute capability 8.0 on. Queries, keys
+// and values lie in shared memory as [..][STRIDE] values of T. A lane follows LANE_QUERIES
+// of the queries, with the keys `first..end` that each of them sees.
+
 // A query's weights are taken relative to a score of its own, which only moves once the largest
 // lies this far above it: weights up to e^8, at no loss in floating point, and the sums seldom
-// have to leave the tensor cores' registers to be scaled.
+// have to be scaled.
 constexpr float SLACK = 8.0f;
 
-// 16 queries (or fewer) of one KV head against tiles of KEYS keys, heads padded by zeros to DIM.
-// All by one warp; lanes 2i and 2i + 1 keep the statistics of query i.
-template <class T, int DIM, int KEYS> struct QueryTile {
-    static constexpr int STRIDE = DIM + 8;         // of queries, keys and values in shared memory
-    static constexpr int SCORE_STRIDE = KEYS + 8;  // both without bank conflicts
+// The statistics of a query in one lane; `sum` over the keys that the lane has.
+struct Running {
+    float top = -INFINITY, sum = 0.0f;
+
+    // Takes the largest of a tile's scores into account; the factor for earlier sums. `any`
+    // becomes true where there are some and the factor is not 1.
+    __device__ __forceinline__ float follow(float largest, bool& any) {
+        if (largest <= top + SLACK && top != -INFINITY) return 1.0f;
+        const float shrink = factor(top, largest);
+        any = any || top != -INFINITY;
+        top = largest;
+        sum *= shrink;
+        return shrink;
+    }
+    // What scores are relative to; where nothing was seen all are -inf and so are to stay.
+    __device__ __forceinline__ float base() const { return top == -INFINITY ? 0.0f : top; }
+    // __expf errs by less than 1e-6 here; the weight is rounded to 8 or 11 bits.
+    __device__ __forceinline__ float weight(float score) const { return __expf(score - base()); }
+};
+
+__device__ __forceinline__ float inverse(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+
+template <class T, int DIM, int KEYS, bool VOLTA> struct QueryTile;
+
+// From compute capability 8.0 on: scores and sums stay in registers.
+#ifdef FARM_TILES
+template <class T, int DIM, int KEYS> struct QueryTile<T, DIM, KEYS, false> {
+    static constexpr int STRIDE = DIM + 8;  // without bank conflicts
+    static constexpr int LANE_QUERIES = 2;
+    static constexpr int SCORES = 0;
+    // Where registers are short, the queries are loaded again for each tile: for wide heads, and for
+    // narrow ones, of which a multiprocessor has two blocks.
+    static constexpr bool KEEPS = DIM > 64 && DIM <= 128;
+
+    float out[DIM / 8][4] = {};
+    Running running[2];
+    unsigned queries[KEEPS ? DIM / 16 : 1][4];
+    const T* q;
+
+    __device__ QueryTile(const T* own_q, float*) : q(own_q) {
+        if constexpr (KEEPS) {
+#pragma unroll
+            for (int d = 0; d < DIM; d += 16) load_queries(queries[d / 16], d);
+        }
+    }
+
+    static __device__ __forceinline__ int lane() { return threadIdx.x % WARP; }
+    static __device__ __forceinline__ int query(int i) { return lane() / 4 + 8 * i; }
+    // Where the keys (or dimensions) 8n + key_at() and the next lie among the tile's.
+    static __device__ __forceinline__ int key_at() { return lane() % 4 * 2; }
+
+    __device__ __forceinline__ void load_queries(unsigned (&to)[4], int d) const {
+        load_tiles(to, q + lane() % 16 * STRIDE + d + lane() / 16 * 8);
+    }
+
+    __device__ void add(const T* keys, const T* values, const Rule& rule, const float (&slope)[2], int first_key,
+                        const int (&first)[2], const int (&end)[2], bool whole) {
+        float x[KEYS / 8][4] = {};
+        score(keys, x);
+        if (rule.softcap > 0.0f || rule.slopes) {
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) x[n][i] = rule.score(x[n][i], slope[i / 2], first_key + 8 * n + key_at() + i % 2);
+            }
+        } else {
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) x[n][i] *= rule.scale;
+            }
+        }
+        if (!whole) {
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int key = first_key + 8 * n + key_at() + i % 2;
+                    if (key < first[i / 2] || key >= end[i / 2]) x[n][i] = -INFINITY;
+                }
+            }
+        }
+        follow(x);
+        sum_values(values, x);
+    }
+
+    __device__ __forceinline__ void score(const T* keys, float (&x)[KEYS / 8][4]) {
+        const T* row = keys + (lane() / 16 * 8 + lane() % 8) * STRIDE + lane() / 8 % 2 * 8;
+#pragma unroll
+        for (int d = 0; d < DIM; d += 16) {
+            if (!KEEPS) load_queries(queries[0], d);
+#pragma unroll
+            for (int n = 0; n < KEYS; n += 16) {
+                unsigned b[4];
+                load_tiles(b, row + n * STRIDE + d);
+                multiply<T>(x[n / 8], queries[KEEPS ? d / 16 : 0], b[0], b[1]);
+                multiply<T>(x[n / 8 + 1], queries[KEEPS ? d / 16 : 0], b[2], b[3]);
+            }
+        }
+    }
+
+    // Moves what the scores are relative to, and scales the sums.
+    __device__ __forceinline__ void follow(const float (&x)[KEYS / 8][4]) {
+        float shrink[2];
+        bool any = false;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float largest = -INFINITY;
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++) largest = fmaxf(largest, fmaxf(x[n][2 * i], x[n][2 * i + 1]));
+            largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, 1));
+            largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, 2));
+            shrink[i] = running[i].follow(largest, any);
+        }
+        if (!__any_sync(FULL_WARP, any)) return;
+#pragma unroll
+        for (int n = 0; n < DIM / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) out[n][i] *= shrink[i / 2];
+        }
+    }
+
+    // Scores to weights, 16 keys at a time; as operands they lie where the scores did.
+    __device__ __forceinline__ void sum_values(const T* values, const float (&x)[KEYS / 8][4]) {
+        const T* row = values + lane() % 16 * STRIDE + lane() / 16 * 8;
+#pragma unroll
+        for (int k = 0; k < KEYS; k += 16) {
+            unsigned weights[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float(&two)[4] = x[k / 8 + i / 2];
+                Running& own = running[i % 2];
+                const float low = own.weight(two[2 * (i % 2)]), high = own.weight(two[2 * (i % 2) + 1]);
+                own.sum += low + high;
+                weights[i] = pack2<T>(low, high);
+            }
+#pragma unroll
+            for (int d = 0; d < DIM; d += 16) {
+                unsigned b[4];
+                load_tiles_transposed(b, row + k * STRIDE + d);
+                multiply<T>(out[d / 8], weights, b[0], b[1]);
+                multiply<T>(out[d / 8 + 1], weights, b[2], b[3]);
+            }
+        }
+        __syncwarp();  // keys and values are read before others come
+    }
+
+    // The sum of query `query(i)`.
+    __device__ __forceinline__ float total(int i) const {
+        const float sum = running[i].sum + __shfl_xor_sync(FULL_WARP, running[i].sum, 1);
+        return sum + __shfl_xor_sync(FULL_WARP, sum, 2);
+    }
+    // To `to[16][STRIDE]` and `stats[16]`, in shared memory.
+    __device__ void write_sums(float* to, Stat* stats) const {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float sum = total(i);
+            if (lane() % 4 == 0) stats[query(i)] = {running[i].top, sum};
+#pragma unroll
+            for (int n = 0; n < DIM / 8; n++) {
+                *reinterpret_cast<float2*>(to + query(i) * STRIDE + 8 * n + key_at()) = make_float2(out[n][2 * i], out[n][2 * i + 1]);
+            }
+        }
+    }
+    // The results to `to[16][STRIDE]` in shared memory.
+    __device__ void write_results(T* to) const {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float scale = inverse(total(i));
+#pragma unroll
+            for (int n = 0; n < DIM / 8; n++) {
+                *reinterpret_cast<unsigned*>(to + query(i) * STRIDE + 8 * n + key_at()) =
+                    pack2<T>(out[n][2 * i] * scale, out[n][2 * i + 1] * scale);
+            }
+        }
+    }
+};
+#endif
+
+// Four values of 16 bits that are stored at once.
+template <class T> union Pack4 {
+    uint2 words;
+    T values[4];
+    __device__ Pack4() : words{} {}
+};
+
+// By wmma, for Volta and Turing: where a value lies in registers is unknown, so scores go through
+// shared memory, and sums too where they are scaled. Lanes 2i and 2i + 1 follow query i.
+template <class T, int DIM, int KEYS> struct QueryTile<T, DIM, KEYS, true> {
+    static constexpr int STRIDE = DIM + 8;
+    static constexpr int LANE_QUERIES = 1;
+    static constexpr int SCORE_STRIDE = KEYS + 8;     // both without bank conflicts
+    static constexpr int SCORES = 16 * SCORE_STRIDE;  // floats of memory of its own
     static constexpr int COLUMNS = DIM / 16;
     static constexpr int AT_ONCE = KEYS / 16;  // columns of tiles that the scores' memory takes
     using Sums = wmma::fragment<wmma::accumulator, 16, 16, 16, float>;
@@ -469,27 +668,26 @@ template <class T, int DIM, int KEYS> struct QueryTile {
     using Values16 = wmma::fragment<wmma::matrix_b, 16, 16, 16, T, wmma::row_major>;
 
     Sums out[COLUMNS];
-    float top = -INFINITY, sum = 0.0f;  // `sum` over this lane's keys
-    float* scores;                      // [16][SCORE_STRIDE], the warp's own
+    Running running;
+    const T* q;
+    float* scores;
 
-    __device__ explicit QueryTile(float* own_scores) : scores(own_scores) {
+    __device__ QueryTile(const T* own_q, float* own_scores) : q(own_q), scores(own_scores) {
 #pragma unroll
         for (int i = 0; i < COLUMNS; i++) wmma::fill_fragment(out[i], 0.0f);
     }
 
     static __device__ __forceinline__ int half() { return threadIdx.x % 2; }
-    static __device__ __forceinline__ int query() { return threadIdx.x % WARP / 2; }
+    static __device__ __forceinline__ int query(int) { return threadIdx.x % WARP / 2; }
     // Where this lane's keys 4c..4c + 4 lie among the tile's.
     static __device__ __forceinline__ int key_at(int c) { return (2 * c + half()) * 4; }
     __device__ __forceinline__ float4* scores_at(int c) const {
-        return reinterpret_cast<float4*>(scores + query() * SCORE_STRIDE + key_at(c));
+        return reinterpret_cast<float4*>(scores + query(0) * SCORE_STRIDE + key_at(c));
     }
 
-    // Adds the keys from `first_key` on. The lane's query sees those at `first..end`; `whole`, the
-    // same in all lanes: all queries see all of them.
-    __device__ void add(const T* q, const T* keys, const T* values, const Rule& rule, float slope, int first_key,
-                        int first, int end, bool whole) {
-        score(q, keys);
+    __device__ void add(const T* keys, const T* values, const Rule& rule, const float (&slope)[1], int first_key,
+                        const int (&first)[1], const int (&end)[1], bool whole) {
+        score(keys);
         float x[KEYS / 2];
 #pragma unroll
         for (int c = 0; c < KEYS / 8; c++) {
@@ -500,25 +698,17 @@ template <class T, int DIM, int KEYS> struct QueryTile {
             x[4 * c + 3] = four.w;
         }
         __syncwarp();  // the scores' memory is free
-        if (rule.softcap > 0.0f || rule.slopes) {
 #pragma unroll
-            for (int i = 0; i < KEYS / 2; i++) x[i] = rule.score(x[i], slope, first_key + key_at(i / 4) + i % 4);
-        } else {
-#pragma unroll
-            for (int i = 0; i < KEYS / 2; i++) x[i] *= rule.scale;
-        }
-        if (!whole) {
-#pragma unroll
-            for (int i = 0; i < KEYS / 2; i++) {
-                const int key = first_key + key_at(i / 4) + i % 4;
-                if (key < first || key >= end) x[i] = -INFINITY;
-            }
+        for (int i = 0; i < KEYS / 2; i++) {
+            const int key = first_key + key_at(i / 4) + i % 4;
+            x[i] = rule.score(x[i], slope[0], key);
+            if (!whole && (key < first[0] || key >= end[0])) x[i] = -INFINITY;
         }
         weigh(x);
         sum_values(values);
     }
 
-    __device__ void score(const T* q, const T* keys) {
+    __device__ void score(const T* keys) {
         Sums tile[AT_ONCE];
 #pragma unroll
         for (int n = 0; n < AT_ONCE; n++) wmma::fill_fragment(tile[n], 0.0f);
@@ -538,32 +728,32 @@ template <class T, int DIM, int KEYS> struct QueryTile {
         __syncwarp();
     }
 
-    // Scores to weights, rounded to T and laid down as [16][SCORE_STRIDE] where the scores were.
-    __device__ void weigh(float (&x)[KEYS / 2]) {
+    // Scores to weights, laid down as [16][SCORE_STRIDE] of T where the scores were.
+    __device__ void weigh(const float (&x)[KEYS / 2]) {
         float largest = x[0];
 #pragma unroll
         for (int i = 1; i < KEYS / 2; i++) largest = fmaxf(largest, x[i]);
         largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, 1));
-        const bool moves = largest > top + SLACK || top == -INFINITY;
-        const float shrink = moves ? factor(top, largest) : 1.0f;
-        rescale_if_any(shrink, moves && top != -INFINITY);
-        sum *= shrink;
-        if (moves) top = largest;
-        const float base = top == -INFINITY ? 0.0f : top;  // nothing seen so far: all weights 0
-        T* weights = reinterpret_cast<T*>(scores) + query() * SCORE_STRIDE;
+        bool any = false;
+        const float shrink = running.follow(largest, any);
+        if (__any_sync(FULL_WARP, any)) rescale(shrink);
+        T* weights = reinterpret_cast<T*>(scores) + query(0) * SCORE_STRIDE;
 #pragma unroll
-        for (int i = 0; i < KEYS / 2; i++) {
-            // __expf errs by less than 1e-6 here; the weight is rounded to 8 or 11 bits.
-            const T weight = from_f32<T>(__expf(x[i] - base));
-            weights[key_at(i / 4) + i % 4] = weight;
-            sum += to_f32(weight);
+        for (int c = 0; c < KEYS / 8; c++) {
+            Pack4<T> four;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float weight = running.weight(x[4 * c + i]);
+                running.sum += weight;
+                four.values[i] = from_f32<T>(weight);
+            }
+            *reinterpret_cast<uint2*>(weights + key_at(c)) = four.words;
         }
         __syncwarp();
     }
 
-    // Scales each query's sums by its factor if one of them has any; the scores' memory is free.
-    __device__ void rescale_if_any(float shrink, bool any) {
-        if (!__any_sync(FULL_WARP, any)) return;
+    // Scales each query's sums by its factor; the scores' memory is free.
+    __device__ void rescale(float shrink) {
 #pragma unroll
         for (int j = 0; j < COLUMNS; j += AT_ONCE) {
             lay_down(j);
@@ -588,7 +778,7 @@ template <class T, int DIM, int KEYS> struct QueryTile {
     }
 
     // The sums of AT_ONCE columns of tiles from column `j` on, where the scores were.
-    __device__ __forceinline__ void lay_down(int j) {
+    __device__ __forceinline__ void lay_down(int j) const {
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
             if (j + i < COLUMNS) wmma::store_matrix_sync(scores + i * 16, out[j + i], SCORE_STRIDE, wmma::mem_row_major);
@@ -609,16 +799,39 @@ template <class T, int DIM, int KEYS> struct QueryTile {
                 wmma::mma_sync(out[j], a, b, out[j]);
             }
         }
-        __syncwarp();  // the weights are read before the next scores are written
+        __syncwarp();  // keys, values and weights are read before others come
     }
 
-    // The largest score (or the one that stands for it) and the sum, of the lane's query.
-    __device__ Stat stat() const { return {top, sum + __shfl_xor_sync(FULL_WARP, sum, 1)}; }
+    __device__ __forceinline__ float total() const { return running.sum + __shfl_xor_sync(FULL_WARP, running.sum, 1); }
+    __device__ void write_sums(float* to, Stat* stats) const {
+        const float sum = total();
+        if (half() == 0) stats[query(0)] = {running.top, sum};
+#pragma unroll
+        for (int j = 0; j < COLUMNS; j++) wmma::store_matrix_sync(to + j * 16, out[j], STRIDE, wmma::mem_row_major);
+    }
+    __device__ void write_results(T* to) const {
+        const float scale = inverse(total());
+#pragma unroll
+        for (int j = 0; j < COLUMNS; j += AT_ONCE) {
+            lay_down(j);
+#pragma unroll
+            for (int c = 0; c < KEYS / 8; c++) {
+                const float4 four = *scores_at(c);
+                if (j * 16 + key_at(c) >= DIM) continue;
+                T* row = to + query(0) * STRIDE + j * 16 + key_at(c);
+                row[0] = from_f32<T>(four.x * scale);
+                row[1] = from_f32<T>(four.y * scale);
+                row[2] = from_f32<T>(four.z * scale);
+                row[3] = from_f32<T>(four.w * scale);
+            }
+            __syncwarp();
+        }
+    }
 };
 
 // Copies keys and values of one KV head from the cache into shared memory, 16 bytes at a time:
 // the lanes of a warp side by side along the head, as many tokens at once as fit.
-template <class T> struct TileLoader {
+template <class T, bool ASYNC> struct TileLoader {
     const T* keys;
     const T* values;
     const int* table;
@@ -636,20 +849,49 @@ template <class T> struct TileLoader {
         octet = lane % octets;
     }
 
-    // Tokens `first_key..first_key + count` by `warps` warps, of which this is number `warp`.
-    __device__ __forceinline__ void load(T* to_keys, T* to_values, int stride, int first_key, int count, int warp,
-                                         int warps) const {
+    // By one warp, `count` tokens of one cache block, from `key` on.
+    __device__ __forceinline__ void load(T* to_keys, T* to_values, int stride, int key, int count) const {
         if (own >= at_once) return;
-        for (int i = warp * at_once + own; i < count; i += warps * at_once) {
-            const int key = first_key + i, to = i * stride + octet * 8;
-            if (key >= first && key < end) {
-                const size_t block = static_cast<size_t>(table[key / BLOCK]) * kv_heads + kv_head;
-                const size_t from = (block * BLOCK + key % BLOCK) * head_dim + octet * 8;
-                copy_async16(to_keys + to, keys + from);
-                copy_async16(to_values + to, values + from);
-            } else {
-                *reinterpret_cast<uint4*>(to_keys + to) = make_uint4(0, 0, 0, 0);
-                *reinterpret_cast<uint4*>(to_values + to) = make_uint4(0, 0, 0, 0);
+        size_t from = (static_cast<size_t>(key % BLOCK + own) * head_dim) + octet * 8;
+        if (key < end && key + count > first) {
+            from += (static_cast<size_t>(table[key / BLOCK]) * kv_heads + kv_head) * (BLOCK * head_dim);
+        }
+        const int step = at_once * head_dim, to = own * stride + octet * 8, to_step = at_once * stride;
+        const int tokens = (count - own + at_once - 1) / at_once;
+        const int low = max(first - key - own, 0), high = end - key - own;  // of i * at_once: what is read
+        if constexpr (ASYNC) {
+#pragma unroll 4
+            for (int i = 0; i < tokens; i++) {
+                T *k = to_keys + to + i * to_step, *v = to_values + to + i * to_step;
+                if (i * at_once >= low && i * at_once < high) {
+                    copy_async16(k, keys + from + i * step);
+                    copy_async16(v, values + from + i * step);
+                } else {
+                    *reinterpret_cast<uint4*>(k) = make_uint4(0, 0, 0, 0);
+                    *reinterpret_cast<uint4*>(v) = make_uint4(0, 0, 0, 0);
+                }
+            }
+        } else {
+            constexpr int BATCH = 4;  // tokens a lane loads before it stores them, or it would wait for each
+            for (int start = 0; start < tokens; start += BATCH) {
+                uint4 k[BATCH], v[BATCH];
+#pragma unroll
+                for (int j = 0; j < BATCH; j++) {
+                    const int i = start + j;
+                    k[j] = v[j] = make_uint4(0, 0, 0, 0);
+                    if (i < tokens && i * at_once >= low && i * at_once < high) {
+                        k[j] = *reinterpret_cast<const uint4*>(keys + from + i * step);
+                        v[j] = *reinterpret_cast<const uint4*>(values + from + i * step);
+                    }
+                }
+#pragma unroll
+                for (int j = 0; j < BATCH; j++) {
+                    const int i = start + j;
+                    if (i < tokens) {
+                        *reinterpret_cast<uint4*>(to_keys + to + i * to_step) = k[j];
+                        *reinterpret_cast<uint4*>(to_values + to + i * to_step) = v[j];
+                    }
+                }
             }
         }
     }
@@ -670,15 +912,15 @@ __device__ void clear_padding(T* tile, int rows, int stride, int head_dim, int d
 // warp takes cache blocks of its own, so that warps wait for nobody but at the end. The tile is mostly
 // padding, yet bound by memory: 16 keys of 128 dimensions are 8 KiB, some 400 cycles' share
 // of an H100's bandwidth for a multiprocessor, and 131 kFLOP, some 50 cycles.
-template <class T, int DIM> __device__ void attend_split(const Rows<T>& rows, int stages) {
-    using Queries = QueryTile<T, DIM, BLOCK>;
+template <class T, int DIM, bool VOLTA> __device__ void attend_split(const Rows<T>& rows, int stages) {
+    using Queries = QueryTile<T, DIM, BLOCK, VOLTA>;
     constexpr int STRIDE = Queries::STRIDE, TILE = BLOCK * STRIDE;
     const RowTask<T> task(rows, BLOCK);
     if (task.idle) return;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head_dim = rows.head_dim;
     DYNAMIC_SHARED(T, q);
     float* scores = reinterpret_cast<float*>(q + TILE);
-    Stat* stats = reinterpret_cast<Stat*>(scores + ROW_WARPS * BLOCK * Queries::SCORE_STRIDE);
+    Stat* stats = reinterpret_cast<Stat*>(scores + ROW_WARPS * Queries::SCORES);
     T* tiles = reinterpret_cast<T*>(stats + ROW_WARPS * BLOCK);
     T* own = tiles + warp * stages * 2 * TILE;
 
@@ -690,19 +932,26 @@ template <class T, int DIM> __device__ void attend_split(const Rows<T>& rows, in
             there ? *reinterpret_cast<const uint4*>(from + query * head_dim + d) : make_uint4(0, 0, 0, 0);
     }
     clear_padding(own, stages * 2 * BLOCK, STRIDE, head_dim, DIM, lane, WARP);
-    const TileLoader<T> loader(rows.keys, rows.values, task.table, rows.kv_heads, task.kv_head, head_dim, task.seen.first,
-                               task.seen.end);
-    const int first = task.begin + warp;
-    if (stages == 2 && first < task.end) loader.load(own, own + TILE, STRIDE, first * BLOCK, BLOCK, 0, 1);
+    const TileLoader<T, !VOLTA> loader(rows.keys, rows.values, task.table, rows.kv_heads, task.kv_head, head_dim,
+                                       task.seen.first, task.seen.end);
+    const int first_block = task.begin + warp;
+    if (stages == 2 && first_block < task.end) loader.load(own, own + TILE, STRIDE, first_block * BLOCK, BLOCK);
     copy_async_commit();
     __syncthreads();
 
-    Queries queries(scores + warp * BLOCK * Queries::SCORE_STRIDE);
-    const float slope = rows.rule.slope(task.first_head + min(Queries::query(), task.heads - 1));
+    Queries queries(q, scores + warp * Queries::SCORES);
+    int first[Queries::LANE_QUERIES], end[Queries::LANE_QUERIES];
+    float slope[Queries::LANE_QUERIES];
+#pragma unroll
+    for (int i = 0; i < Queries::LANE_QUERIES; i++) {
+        first[i] = task.seen.first;
+        end[i] = task.seen.end;
+        slope[i] = rows.rule.slope(task.first_head + min(Queries::query(i), task.heads - 1));
+    }
     int stage = 0;
-    for (int block = first; block < task.end; block += ROW_WARPS) {
+    for (int block = first_block; block < task.end; block += ROW_WARPS) {
         T* k = own + stage * 2 * TILE;
-        if (stages == 1) loader.load(k, k + TILE, STRIDE, block * BLOCK, BLOCK, 0, 1);
+        if (stages == 1) loader.load(k, k + TILE, STRIDE, block * BLOCK, BLOCK);
         copy_async_commit();
         copy_async_wait<0>();
         __syncwarp();
@@ -710,23 +959,14 @@ template <class T, int DIM> __device__ void attend_split(const Rows<T>& rows, in
             stage = 1 - stage;
             T* next = own + stage * 2 * TILE;
             const int next_block = block + ROW_WARPS;
-            if (next_block < task.end) loader.load(next, next + TILE, STRIDE, next_block * BLOCK, BLOCK, 0, 1);
-            copy_async_commit();
+            if (next_block < task.end) loader.load(next, next + TILE, STRIDE, next_block * BLOCK, BLOCK);
         }
         const int key = block * BLOCK;
         const bool whole = key >= task.seen.first && key + BLOCK <= task.seen.end;
-        queries.add(q, k, k + TILE, rows.rule, slope, key, task.seen.first, task.seen.end, whole);
+        queries.add(k, k + TILE, rows.rule, slope, key, first, end, whole);
     }
     // The sums go where a tile of keys and values was: 16 rows of DIM + 8 floats are as large.
-    float* sums = reinterpret_cast<float*>(own);
-    copy_async_wait<0>();
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < Queries::COLUMNS; j++) {
-        wmma::store_matrix_sync(sums + j * 16, queries.out[j], STRIDE, wmma::mem_row_major);
-    }
-    const Stat stat = queries.stat();
-    if (lane % 2 == 0) stats[warp * BLOCK + Queries::query()] = stat;
+    queries.write_sums(reinterpret_cast<float*>(own), stats + warp * BLOCK);
     __syncthreads();
     write_row(rows, task, reinterpret_cast<const float*>(tiles), stages * TILE, STRIDE, stats, BLOCK);
 }
@@ -764,11 +1004,23 @@ struct QueryRange {
     __device__ bool empty() const { return last < first; }
 };
 
+// `count` keys from `first_key` on, then as many values, by all warps of the block.
+template <class T, bool ASYNC>
+__device__ __forceinline__ void load_tile(const TileLoader<T, ASYNC>& loader, T* to, int count, int stride, int first_key) {
+    constexpr int PARTS = 8;  // as many as warps, of one cache block each
+    const int tokens = count / PARTS;
+    for (int part = threadIdx.x / WARP; part < PARTS; part += blockDim.x / WARP) {
+        T* keys = to + part * tokens * stride;
+        loader.load(keys, keys + count * stride, stride, first_key + part * tokens, tokens);
+    }
+}
+
 // Tiles of KEYS keys go through shared memory, the next one on its way while all warps work on
 // this one. Bound by shared memory: each warp reads every key and value for 16 queries (with 8
-// warps and 128 dimensions 256 KiB a tile, 2000 cycles, beside some 1000 of tensor cores).
-template <class T, int DIM, int KEYS> __device__ void attend_prefill(const Chunks<T>& x, int stages) {
-    using Queries = QueryTile<T, DIM, KEYS>;
+// warps and 128 dimensions 256 KiB a tile of 64, 2000 cycles, beside some 1000 to 1600 of
+// tensor cores).
+template <class T, int DIM, int KEYS, bool VOLTA> __device__ void attend_prefill(const Chunks<T>& x, int stages) {
+    using Queries = QueryTile<T, DIM, KEYS, VOLTA>;
     constexpr int STRIDE = Queries::STRIDE, TILE = KEYS * STRIDE;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     const int sequence = x.tiles[2 * blockIdx.x], first_query = x.tiles[2 * blockIdx.x + 1], kv_head = blockIdx.y;
@@ -779,64 +1031,64 @@ template <class T, int DIM, int KEYS> __device__ void attend_prefill(const Chunk
     const QueryRange own(first_query + 16 * warp, 16, count, group, start);
     DYNAMIC_SHARED(T, q);
     T* tiles = q + warps * 16 * STRIDE;
-    float* scores = reinterpret_cast<float*>(tiles + stages * 2 * TILE) + warp * 16 * Queries::SCORE_STRIDE;
+    float* scores = reinterpret_cast<float*>(tiles + stages * 2 * TILE) + warp * Queries::SCORES;
 
-    // Each warp loads its own queries.
+    // Each warp loads its own queries, and later lays its results in their place.
     T* own_q = q + warp * 16 * STRIDE;
+    const size_t head_offset = static_cast<size_t>(kv_head) * group * head_dim;
     for (int i = lane; i < 16 * DIM / 8; i += WARP) {
         const int query = own.first + i / (DIM / 8), d = i % (DIM / 8) * 8;
         uint4 eight = make_uint4(0, 0, 0, 0);
         if (query <= own.last && d < head_dim) {
             const size_t row = static_cast<size_t>(first_row + query / group) * x.q_stride;
-            eight = *reinterpret_cast<const uint4*>(x.q + row + (kv_head * group + query % group) * head_dim + d);
+            eight = *reinterpret_cast<const uint4*>(x.q + row + head_offset + query % group * head_dim + d);
         }
         *reinterpret_cast<uint4*>(own_q + i / (DIM / 8) * STRIDE + d) = eight;
     }
     clear_padding(tiles, stages * 2 * KEYS, STRIDE, head_dim, DIM, threadIdx.x, blockDim.x);
+    __syncwarp();
 
-    const int end = all.end_position, first_seen = x.rule.first(all.first_position);
-    const TileLoader<T> loader(x.keys, x.values, x.block_tables + static_cast<size_t>(sequence) * x.max_blocks, x.kv_heads,
-                               kv_head, head_dim, first_seen, end);
-    const int query = min(own.first + Queries::query(), max(own.last, 0));  // those beyond are not written
-    const int position = start + query / group, seen_from = x.rule.first(position);
-    const float slope = x.rule.slope(kv_head * group + query % group);
-    Queries queries(scores);
-    int key = first_seen / BLOCK * BLOCK, stage = 0;
-    if (stages == 2) loader.load(tiles, tiles + TILE, STRIDE, key, KEYS, warp, warps);
-    for (; key < end; key += KEYS) {
+    Queries queries(own_q, scores);
+    int first[Queries::LANE_QUERIES], end[Queries::LANE_QUERIES];
+    float slope[Queries::LANE_QUERIES];
+#pragma unroll
+    for (int i = 0; i < Queries::LANE_QUERIES; i++) {
+        const int query = max(min(own.first + Queries::query(i), own.last), 0);  // those beyond are not written
+        const int position = start + query / group;
+        first[i] = x.rule.first(position);
+        end[i] = position + 1;
+        slope[i] = x.rule.slope(kv_head * group + query % group);
+    }
+    const int end_of_all = all.end_position, first_of_all = x.rule.first(all.first_position);
+    const TileLoader<T, !VOLTA> loader(x.keys, x.values, x.block_tables + static_cast<size_t>(sequence) * x.max_blocks,
+                                       x.kv_heads, kv_head, head_dim, first_of_all, end_of_all);
+    int key = first_of_all / BLOCK * BLOCK, stage = 0;
+    if (stages == 2) load_tile(loader, tiles, KEYS, STRIDE, key);
+    for (; key < end_of_all; key += KEYS) {
         T* k = tiles + stage * 2 * TILE;
-        if (stages == 1) loader.load(k, k + TILE, STRIDE, key, KEYS, warp, warps);
+        if (stages == 1) load_tile(loader, k, KEYS, STRIDE, key);
         copy_async_commit();
         copy_async_wait<0>();
         __syncthreads();  // this tile is there, and all are done with the one before
         if (stages == 2) {
             stage = 1 - stage;
-            T* next = tiles + stage * 2 * TILE;
-            if (key + KEYS < end) loader.load(next, next + TILE, STRIDE, key + KEYS, KEYS, warp, warps);
+            if (key + KEYS < end_of_all) load_tile(loader, tiles + stage * 2 * TILE, KEYS, STRIDE, key + KEYS);
         }
         if (!own.empty() && key < own.end_position && key + KEYS > x.rule.first(own.first_position)) {
             const bool whole = key + KEYS <= own.first_position + 1 && key >= x.rule.first(own.end_position - 1);
-            queries.add(own_q, k, k + TILE, x.rule, slope, key, seen_from, position + 1, whole);
+            queries.add(k, k + TILE, x.rule, slope, key, first, end, whole);
         }
         if (stages == 1) __syncthreads();
     }
 
-    const Stat stat = queries.stat();
-    const float scale = stat.sum == 0.0f ? 0.0f : 1.0f / stat.sum;
-    const bool there = own.first + Queries::query() <= own.last;
-    T* to = x.out + (static_cast<size_t>(first_row + query / group) * x.heads + kv_head * group + query % group) * head_dim;
-#pragma unroll
-    for (int j = 0; j < Queries::COLUMNS; j += Queries::AT_ONCE) {
-        queries.lay_down(j);
-#pragma unroll
-        for (int octet = Queries::half(); octet < KEYS / 8; octet += 2) {
-            const int d = j * 16 + octet * 8;
-            float eight[8];
-            load8(scores + Queries::query() * Queries::SCORE_STRIDE + octet * 8, eight);
-            for (int i = 0; i < 8; i++) eight[i] *= scale;
-            if (there && d < head_dim) store8(to + d, eight);
-        }
-        __syncwarp();
+    queries.write_results(own_q);
+    __syncwarp();
+    for (int i = lane; i < 16 * DIM / 8; i += WARP) {
+        const int query = own.first + i / (DIM / 8), d = i % (DIM / 8) * 8;
+        if (query > own.last || d >= head_dim) continue;
+        const size_t row = static_cast<size_t>(first_row + query / group) * x.heads * head_dim;
+        *reinterpret_cast<uint4*>(x.out + row + head_offset + query % group * head_dim + d) =
+            *reinterpret_cast<const uint4*>(own_q + i / (DIM / 8) * STRIDE + d);
     }
 }
 
@@ -884,36 +1136,40 @@ ATTEND_ROWS_OF(f32)
 ATTEND_ROWS_OF(f16)
 ATTEND_ROWS_OF(bf16)
 
-// bf16 without tensor cores for it: kernels that do nothing, and that the caller does not choose.
-#ifdef FARM_BF16_TENSOR_CORES
-#define ON_TENSOR_CORES_bf16(statement) statement
+// Each variant is empty where it is not chosen: `volta` from compute capability 8.0 on, the other before.
+#ifdef FARM_TILES
+#define TILES_ampere(...) __VA_ARGS__
 #else
-#define ON_TENSOR_CORES_bf16(statement)
+#define TILES_ampere(...)
 #endif
-#define ON_TENSOR_CORES_f16(statement) statement
+#if defined(FARM_EMULATOR) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800)
+#define TILES_volta(...) __VA_ARGS__
+#else
+#define TILES_volta(...)
+#endif
 
-#define ATTEND_TILES(T, DIM, KEYS)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(128) attend_split_##T##_d##DIM(ROWS_PARAMETERS(T##_value), int stages) { \
-        ROWS(T##_value);                                                                                              \
-        ON_TENSOR_CORES_##T((attend_split<T##_value, DIM>(rows, stages));)                                            \
+// BLOCKS: what a multiprocessor should have room for.
+#define ATTEND_TILES(NAME, T, DIM, KEYS, BLOCKS, VARIANT, VOLTA)                                                      \
+    extern "C" __global__ void __launch_bounds__(128) attend_split_##NAME##_d##DIM(ROWS_PARAMETERS(T), int stages) {  \
+        TILES_##VARIANT(ROWS(T); attend_split<T, DIM, VOLTA>(rows, stages);)                                          \
     }                                                                                                                 \
-    EXPORT_KERNEL(attend_split_##T##_d##DIM)                                                                          \
-    extern "C" __global__ void __launch_bounds__(256) attend_prefill_##T##_d##DIM(                                    \
-        const T##_value* q, int q_stride, const T##_value* keys, const T##_value* values, T##_value* out,             \
-        const int* tiles, const int* first_row, const int* num_rows, const int* start_position,                       \
-        const int* block_tables, int max_blocks, int heads, int kv_heads, int head_dim, float scale, int window,      \
-        float softcap, const float* slopes, int stages) {                                                             \
-        const Chunks<T##_value> chunks = {q, q_stride, keys, values, out, tiles, first_row, num_rows, start_position, \
-                                          block_tables, max_blocks, heads, kv_heads, head_dim,                        \
-                                          {scale, window, softcap, slopes}};                                          \
-        ON_TENSOR_CORES_##T((attend_prefill<T##_value, DIM, KEYS>(chunks, stages));)                                  \
+    EXPORT_KERNEL(attend_split_##NAME##_d##DIM)                                                                       \
+    extern "C" __global__ void __launch_bounds__(256, BLOCKS) attend_prefill_##NAME##_d##DIM(                         \
+        const T* q, int q_stride, const T* keys, const T* values, T* out, const int* tiles, const int* first_row,     \
+        const int* num_rows, const int* start_position, const int* block_tables, int max_blocks, int heads,           \
+        int kv_heads, int head_dim, float scale, int window, float softcap, const float* slopes, int stages) {        \
+        TILES_##VARIANT(const Chunks<T> chunks = {q, q_stride, keys, values, out, tiles, first_row, num_rows,         \
+                                                  start_position, block_tables, max_blocks, heads, kv_heads,          \
+                                                  head_dim, {scale, window, softcap, slopes}};                        \
+                        attend_prefill<T, DIM, KEYS, VOLTA>(chunks, stages);)                                         \
     }                                                                                                                 \
-    EXPORT_KERNEL(attend_prefill_##T##_d##DIM)
-#define ATTEND_TILES_OF(T)                                                                                            \
-    ATTEND_TILES(T, 64, 64)                                                                                           \
-    ATTEND_TILES(T, 96, 64)                                                                                           \
-    ATTEND_TILES(T, 128, 64)                                                                                          \
-    ATTEND_TILES(T, 256, 32)
+    EXPORT_KERNEL(attend_prefill_##NAME##_d##DIM)
+#define ATTEND_TILES_OF(NAME, T, VARIANT, VOLTA)                                                                      \
+    ATTEND_TILES(NAME, T, 64, 64, 2, VARIANT, VOLTA)                                                                  \
+    ATTEND_TILES(NAME, T, 96, 64, 1, VARIANT, VOLTA)                                                                  \
+    ATTEND_TILES(NAME, T, 128, 64, 1, VARIANT, VOLTA)                                                                 \
+    ATTEND_TILES(NAME, T, 256, 32, 1, VARIANT, VOLTA)
 
-ATTEND_TILES_OF(f16)
-ATTEND_TILES_OF(bf16)
+ATTEND_TILES_OF(f16, f16_value, ampere, false)
+ATTEND_TILES_OF(bf16, bf16_value, ampere, false)
+ATTEND_TILES_OF(f16_volta, f16_value, volta, true)

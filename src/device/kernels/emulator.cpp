@@ -83,7 +83,8 @@ struct Barrier {
 
 struct Warp {
     Barrier barrier;
-    uint64_t slots[32];
+    // In turn, so that a lane that is ahead leaves what the others have yet to read.
+    uint64_t slots[2][32];
 };
 
 struct Fiber {
@@ -99,7 +100,7 @@ struct Fiber {
 
 struct Block {
     Barrier barrier;
-    int counts[2];
+    int count;
     std::vector<Warp> warps;
     std::vector<Fiber> fibers;
     std::vector<unsigned> order;
@@ -116,7 +117,13 @@ struct Block {
     }
 };
 
-static thread_local Block block;
+// This OS thread's; by a plain pointer, which costs no check at each access.
+static __thread Block* own_block;
+#define block (*own_block)
+static void make_block() {
+    static thread_local Block made;
+    own_block = &made;
+}
 
 void fail(const char* what) {
     std::fprintf(stderr, "emulated kernel %s: %s (block %u,%u,%u thread %u,%u,%u)\n", block.kernel, what, block_index.x,
@@ -141,12 +148,12 @@ static void whole_warp(const Warp& warp) {
 void block_barrier() { wait(block.barrier); }
 
 int block_count(int predicate) {
-    const int turn = block.barrier.passed & 1;
-    block.counts[turn] += predicate != 0;
+    block.count += predicate != 0;
     wait(block.barrier);
-    const int count = block.counts[turn];
+    const int count = block.count;
     wait(block.barrier);
-    block.counts[turn] = 0;
+    block.count = 0;
+    wait(block.barrier);
     return count;
 }
 
@@ -156,21 +163,20 @@ uint64_t exchange(uint64_t own, unsigned from) {
     Warp& warp = *block.running->warp;
     whole_warp(warp);
     if (from >= warp.barrier.members) fail("a shuffle from a lane that is not there");
-    warp.slots[lane] = own;
+    uint64_t* const slots = warp.slots[warp.barrier.passed & 1];
+    slots[lane] = own;
     wait(warp.barrier);
-    const uint64_t got = warp.slots[from];
-    wait(warp.barrier);
-    return got;
+    return slots[from];
 }
 
 unsigned ballot(int predicate) {
     Warp& warp = *block.running->warp;
     whole_warp(warp);
-    warp.slots[lane] = predicate != 0;
+    uint64_t* const slots = warp.slots[warp.barrier.passed & 1];
+    slots[lane] = predicate != 0;
     wait(warp.barrier);
     unsigned bits = 0;
-    for (unsigned i = 0; i < warp.barrier.members; i++) bits |= static_cast<unsigned>(warp.slots[i]) << i;
-    wait(warp.barrier);
+    for (unsigned i = 0; i < warp.barrier.members; i++) bits |= static_cast<unsigned>(slots[i]) << i;
     return bits;
 }
 
@@ -191,7 +197,7 @@ static void fiber_main() {
 static void shape_block(dim3 shape) {
     const unsigned threads = shape.x * shape.y * shape.z, warps = (threads + 31) / 32;
     block.barrier = {threads, threads, 0, 0};
-    block.counts[0] = block.counts[1] = 0;
+    block.count = 0;
     block.warps.resize(warps);
     for (unsigned w = 0; w < warps; w++) {
         const unsigned members = std::min(32u, threads - w * 32);
@@ -262,6 +268,7 @@ extern "C" int farm_emulator_launch(const char* name, const unsigned* grid, cons
     if (found == kernels().end()) return 1;
     const unsigned threads = shape[0] * shape[1] * shape[2];
     if (threads == 0 || threads > 1024 || shared_bytes > (227 << 10)) return 2;
+    make_block();
     block.kernel = found->first.c_str();
     block.function = found->second.function;
     block.invoke = found->second.invoke;

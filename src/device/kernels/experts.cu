@@ -229,8 +229,8 @@ EXPORT_KERNEL(combine_experts)
 #define PRODUCTS(W, X, M, Weights, type)                                                           \
     extern "C" __global__ void __launch_bounds__(WARPS * WARP) experts_gate_up_##W##_##X##_##M(    \
         const unsigned long long* addresses, const int* active, const int* counts,                 \
-        const int* pairs, int list_stride, int per_token, int experts, const type* x, type* inner, \
-        int rows, int cols, int skip, long long stride, int kind, int parts, int wide) {           \
+        const int* pairs, int list_stride, int per_token, int experts, int kind, const type* x,    \
+        type* inner, int rows, int cols, int skip, long long stride, int parts, int wide) {        \
         gate_up<Weights, M>({addresses, active, counts, pairs, list_stride, per_token}, experts,   \
                             x, inner, {rows, cols, skip, stride}, kind, parts, wide);              \
     }                                                                                              \
@@ -248,6 +248,8 @@ EXPORT_KERNEL(combine_experts)
     PRODUCTS(W, X, 1, Weights, type)     \
     PRODUCTS(W, X, 4, Weights, type)
 
+// Blocks meet 16-bit activations only: with f32 ones, which check other ways of computing, the
+// host takes part.
 #define KERNELS(X, type)                           \
     PRODUCTS_OF(X, X, Dense<type>, type)           \
     PRODUCTS_OF(q4_0, X, Blocks<Q4_0>, type)       \
@@ -261,6 +263,6 @@ EXPORT_KERNEL(combine_experts)
     PRODUCTS_OF(q5_k, X, Blocks<Q5_K>, type)       \
     PRODUCTS_OF(q6_k, X, Blocks<Q6_K>, type)
 
-KERNELS(f32, float)
+PRODUCTS_OF(f32, f32, Dense<float>, float)
 KERNELS(f16, f16)
 KERNELS(bf16, bf16)

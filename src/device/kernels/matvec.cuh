@@ -30,9 +30,15 @@ struct Dense {
     }
 };
 
-// `zero + number(q)` for an integer q below 2^23, exactly: cheaper than a conversion.
+// An integer below 2^23, less `zero`, exactly: its bits are those of 2^23 + q without the
+// exponent's. Cheaper than a conversion.
 __device__ __forceinline__ float number(unsigned q, float zero) {
     return __uint_as_float(0x4b000000u | q) - (8388608.0f + zero);
+}
+
+// As `number` of byte j of a word, which one instruction puts under the exponent.
+__device__ __forceinline__ float byte_number(unsigned word, int j, float zero) {
+    return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7650u | j)) - (8388608.0f + zero);
 }
 
 __device__ __forceinline__ float half_at(const unsigned char* at) {
@@ -51,15 +57,12 @@ __device__ __forceinline__ uint2 bytes8(const unsigned char* at) {
     return make_uint2(halves[0] | (unsigned)halves[1] << 16, halves[2] | (unsigned)halves[3] << 16);
 }
 
-// Byte j of eight.
-__device__ __forceinline__ unsigned byte_of(uint2 bytes, int j) {
-    return (j < 4 ? bytes.x : bytes.y) >> 8 * (j % 4) & 255;
-}
-
 // The values of eight integers (bytes) of a group: (q - zero) * scale, rounded as ggml does.
 __device__ __forceinline__ void scaled(uint2 q, float zero, float scale, float (&v)[8]) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] = __fmul_rn(number(byte_of(q, j), zero), scale);
+    for (int j = 0; j < 8; ++j) {
+        v[j] = __fmul_rn(byte_number(j < 4 ? q.x : q.y, j % 4, zero), scale);
+    }
 }
 
 // q * scale - min, each operation rounded.

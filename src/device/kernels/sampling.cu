@@ -370,6 +370,10 @@ struct Order {
         return {found.index, mass_before + rank * each, each};
     }
 
+    // Every token up to this bin has a logit of at least this: one bin more than rounding can
+    // cost. Spares the others the division.
+    __device__ float floor_of(int last_bin) const { return sub(max, mul(mul(static_cast<float>(last_bin + 2), -LOWEST / BINS), temperature)); }
+
     __device__ bool is_wanted(float x, int first_bin, int last_bin, unsigned prefix, unsigned mask) const {
         const int bin = bin_of(exponent(x));
         return bin >= first_bin && bin <= last_bin && (order_of(x) & mask) == prefix;
@@ -379,9 +383,10 @@ struct Order {
         __syncthreads();
         for (int i = threadIdx.x; i < 3 * DIGITS; i += blockDim.x) s.digits[i] = 0;
         __syncthreads();
+        const float floor = floor_of(bin);
         for (int id = threadIdx.x; id < vocab; id += blockDim.x) {
             const float x = logits(id);
-            if (is_wanted(x, bin, bin, prefix, mask)) digits.add(order_of(x) >> shift & 255, mass(x), 1);
+            if (x >= floor && is_wanted(x, bin, bin, prefix, mask)) digits.add(order_of(x) >> shift & 255, mass(x), 1);
         }
         __syncthreads();
     }
@@ -391,11 +396,12 @@ struct Order {
         __syncthreads();
         if (threadIdx.x == 0) s.listed = 0;
         __syncthreads();
+        const float floor = floor_of(last_bin);
         // Four loads in flight a thread.
 #pragma unroll 4
         for (int id = threadIdx.x; id < vocab; id += blockDim.x) {
             const float x = logits(id);
-            if (is_wanted(x, first_bin, last_bin, prefix, mask)) s.keys[atomicAdd(&s.listed, 1u)] = key_of(x, id);
+            if (x >= floor && is_wanted(x, first_bin, last_bin, prefix, mask)) s.keys[atomicAdd(&s.listed, 1u)] = key_of(x, id);
         }
         __syncthreads();
         listed = static_cast<int>(s.listed);
