@@ -332,7 +332,7 @@ fn a_device_trains_the_hosts_adapter() {
     let scratch = Scratch::new();
     let of = |name: &str, device: &str| {
         let training = Training::new(&scratch, name, Launch::Alone);
-        training.args(&["--device", device, "--dtype", "f32", "--max-steps", "6"])
+        training.flag("--device", device).flag("--dtype", "f32").flag("--max-steps", "6")
     };
     let host = of("host", "cpu");
     host.farm.ends_with(0);
