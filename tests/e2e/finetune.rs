@@ -325,6 +325,30 @@ fn every_layout_trains_the_same_adapter() {
     }
 }
 
+/// With dropout, packing, validation, and going on from a checkpoint.
+#[cfg(feature = "emulator")]
+#[test]
+fn a_device_trains_the_hosts_adapter() {
+    let scratch = Scratch::new();
+    let of = |name: &str, device: &str| {
+        let training = Training::new(&scratch, name, Launch::Alone);
+        training.flag("--device", device).flag("--dtype", "f32").flag("--max-steps", "6")
+    };
+    let host = of("host", "cpu");
+    host.farm.ends_with(0);
+    let device = of("device", "emulator");
+    device.farm.ends_with(0);
+    alike(&host, &device);
+    let again = of("again", "emulator");
+    let mut running = again.farm.start();
+    assert!(running.reaches(|| again.dir.join("checkpoints/checkpoint-3").exists()));
+    running.signal(Signal::USR1);
+    let code = running.wait().code;
+    assert!([Some(0), Some(75)].contains(&code), "{code:?}");
+    again.farm.ends_with(0);
+    assert!(again.adapter() == device.adapter());
+}
+
 /// Memory saved changes no bit.
 #[test]
 fn recomputed_layers_give_the_same_adapter() {

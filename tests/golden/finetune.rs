@@ -275,7 +275,8 @@ fn twenty_steps_of_every_case_are_those_of_peft_and_torch() {
     }
 }
 
-/// The emulator takes its time, so the longer cases are left to the host.
+/// On the emulator, which takes its time: a case of each kind; every family is held against
+/// the host in src/train/device/tests.rs.
 #[cfg(feature = "emulator")]
 #[test]
 fn twenty_steps_on_a_device_are_those_of_peft_and_torch() {
@@ -285,20 +286,12 @@ fn twenty_steps_on_a_device_are_those_of_peft_and_torch() {
         ("packing_accumulation", device),
         ("masking", Layout { ranks: 2, tensor_parallel: 2, ..device }),
         ("rslora", device),
-        ("loraplus", device),
-        ("layers", device),
+        ("layers", Layout { ranks: 2, ..device }),
         ("dora_random_b", device),
         ("saved_embedding", device),
-        ("saved_lm_head", device),
-        ("qwen2", device),
         ("qwen3", device),
         ("gemma2", device),
-        ("gemma3", device),
-        ("phi3", device),
         ("falcon_7b", device),
-        ("falcon_40b", Layout { ranks: 2, ..device }),
-        ("falcon_rw", device),
-        ("mistral", device),
         ("quantized", device),
     ] {
         let case = case(name);
