@@ -36,8 +36,8 @@ __device__ void matmul_experts(const unsigned long long* addresses, const int* a
                                const int* counts, const int* pairs, int list_stride, int divisor,
                                int experts, const T* x, void* out, int out_f32,
                                const Shape& shape, long long out_stride) {
-    __align__(32) __shared__ T weight_tile[TILE_ROWS * TILE_STRIDE];
-    __align__(32) __shared__ T x_tile[16 * TILES * TILE_STRIDE];
+    DYNAMIC_SHARED(T, weight_tile);
+    T* x_tile = weight_tile + TILE_ROWS * TILE_STRIDE;
     const int expert = active[blockIdx.y];
     if (expert < 0) return;
     const unsigned long long address = addresses[blockIdx.z * experts + expert];

@@ -13,8 +13,8 @@ namespace {
 template <typename Format, int TILES, typename T>
 __device__ void matmul_blocks(const unsigned char* weights, const T* x, float* partial,
                               const Shape& shape, int m, int step) {
-    __align__(32) __shared__ T weight_tile[TILE_ROWS * TILE_STRIDE];
-    __align__(32) __shared__ T x_tile[16 * TILES * TILE_STRIDE];
+    DYNAMIC_SHARED(T, weight_tile);
+    T* x_tile = weight_tile + TILE_ROWS * TILE_STRIDE;
     const int first = blockIdx.x * TILE_ROWS, begin = shape.skip + blockIdx.y * step;
     Sums<TILES> sums;
     const InOrder<T> rows{x, shape.cols, m};

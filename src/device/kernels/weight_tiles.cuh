@@ -44,6 +44,8 @@ struct Piece<Dense<T>, T> {
     }
 };
 
+// Dynamic shared memory: TILE_ROWS and then 16 * TILES rows of TILE_STRIDE values.
+//
 // The sums over stored columns `begin .. end` for weight rows `first ..` of this block and 16 *
 // TILES rows of activations; what is not there counts as zeros. Columns, skip and addresses are
 // multiples of eight values. All threads leave with the shared memory free.
