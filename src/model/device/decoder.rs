@@ -14,7 +14,6 @@ use super::layer::{Layer, Pass, Widths, Workspace};
 use super::linear::{AdapterGroup, Context, Linear};
 use super::rotations::RotationTables;
 use super::upload::Uploader;
-use crate::Result;
 use crate::device::attention::{self, BLOCK_SIZE, Cache, Shape};
 use crate::device::linear::{Matrix, embed};
 use crate::device::{Array, Device, DeviceComm, Dtype, Graph, collectives, experts, ops};
@@ -24,6 +23,7 @@ use crate::model::attention::Attention;
 use crate::model::decoder::{DecoderLayer, load_vocabulary};
 use crate::model::layers::{Loader, Norm, VocabParallel};
 use crate::model::ops::with_values;
+use crate::{Error, Result};
 
 /// Recorded shapes that are kept; beyond, all are dropped and recorded anew.
 const MAX_GRAPHS: usize = 256;
@@ -93,6 +93,13 @@ impl DeviceDecoder {
     pub fn load(l: &Loader, options: DeviceOptions, max_seq_len: usize) -> Result<Self> {
         let config = l.source.config();
         config.check_tensor_parallel(l.comm.size())?;
+        if config.head_dim > attention::MAX_HEAD_DIM {
+            return Err(Error::input(format!(
+                "heads of {} values are too wide for a device (at most {}): --device cpu",
+                config.head_dim,
+                attention::MAX_HEAD_DIM
+            )));
+        }
         let device = options.device.clone();
         let uploader = Uploader::new(&device, options.dtype);
         let (embed_tokens, lm_head) = load_vocabulary(l)?;
