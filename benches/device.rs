@@ -225,7 +225,7 @@ fn values(number: u64, dims: &[usize]) -> Vec<u8> {
     let len: usize = dims.iter().product();
     let mut bytes = vec![0u8; 2 * len];
     bytes.par_chunks_mut(2 * PIECE).enumerate().for_each(|(piece, bytes)| {
-        let mut state = (number << 32 | piece as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mut state = ((number << 32) | (piece as u64 + 1)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         for pair in bytes.chunks_exact_mut(2) {
             state ^= state << 13;
             state ^= state >> 7;

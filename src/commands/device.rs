@@ -7,7 +7,7 @@
 use crate::cli::{self, BatchLimits, ModelArgs, WeightsArgs};
 use crate::comm::{Communicator, Topology, agree};
 use crate::commands::launch::Rank;
-use crate::device::choice::{self, Choice, Chosen, Float, Precision, Seen, Stored, Visible, Wish};
+use crate::device::choice::{self, Choice, Chosen, Float, Precision, Seen, Stored, Wish};
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 use crate::device::nvml::Sampler;
 use crate::device::usage::DeviceUsage;
@@ -215,7 +215,7 @@ fn on_this_node(flags: &WeightsArgs, topology: &Topology) -> Result<Choice> {
 fn emulated() -> Choice {
     let device = Device::emulated();
     let properties = device.properties();
-    let device = Visible {
+    let device = choice::Visible {
         ordinal: 0,
         uuid: None,
         pci_bus_id: None,
@@ -244,6 +244,7 @@ mod tests {
     use super::*;
     use crate::cli::{Cli, Command, ModelArgs};
     use crate::comm::LocalComm;
+    use crate::device::choice::Visible;
     use crate::slurm::JobEnv;
 
     fn flags(words: &[&str]) -> ModelArgs {

@@ -1,25 +1,30 @@
 //! Routed experts on the device (see `model::moe` for what they are): the choice, and the
 //! products of this rank's experts with the rows that chose them.
 //!
-//! A decode's few rows go through kernels that find their experts' weights by a table of
-//! addresses (kernels/experts.cu): the host need not know the choice, so that such a step
-//! can be recorded. With more rows the host reads how many rows each expert has, and its
-//! matrices are multiplied one after another. Either way a row's sum is in the experts' order.
+//! Kernels find the weights by a table of addresses and the rows by lists made on the device: the
+//! host need not know the choice, so that such a step can be recorded. A decode's few rows are
+//! bound by the memory that the chosen experts' weights stream from (kernels/experts.cu), more
+//! go over the tensor cores (kernels/experts_matmul.cu). Where experts' matrices are not alike,
+//! or activations are f32, the host reads how many rows each expert has and multiplies one
+//! after another. Always a row's sum is in the experts' order.
 //!
-//! Left out: the sum over ranks and the router's product, which are the caller's; one product
-//! for all experts (a grouped matrix product on the tensor cores).
+//! Left out: the sum over ranks and the router's product, which are the caller's.
 
 use std::ops::Range;
 
-use super::linear::{self, MATVEC_ROWS, MATVEC_WARPS, Matrix};
+use super::linear::{self, MATVEC_ROWS, MATVEC_WARPS, Matrix, TILE_ROWS};
 use super::ops::{self, grid, long, number, rows_of};
 use super::{Arg, Array, Device, Dtype};
 use crate::Result;
 use crate::kernels::ops::Activation;
 
-/// Rows up to which the kernels without the host are used, where the weights allow: they read
-/// an expert's weights again for every four of its rows.
+/// Rows up to which f32 activations, or matrices of odd widths, go without the host.
 pub const DIRECT_ROWS: usize = 64;
+/// Rows an expert up to which the kernel for few is better: it reads an expert's weights for
+/// every four of its rows.
+const FEW_ROWS: usize = 4;
+/// Bytes of the experts' results before they are summed; more rows go in turns.
+const RESULT_BYTES: usize = 128 << 20;
 /// Threads of the block that lists experts' rows, a warp an expert.
 const LIST_THREADS: u32 = 1024;
 
@@ -54,11 +59,32 @@ pub struct Experts {
     act: Activation,
     /// Addresses of gates, ups and downs, where all experts' matrices are alike.
     table: Option<Array>,
+    /// 1 where all matrices can go by eight values, else 0.
+    wide: i32,
 }
 
-/// What a pass needs beside its input and output; layers can share it.
+/// How rows meet the experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// Kernels for few rows.
+    Few,
+    /// The tensor cores.
+    Tiles,
+    /// One expert after another, counted by the host.
+    InTurn,
+}
+
+/// Which of an expert's products.
+#[derive(Clone, Copy)]
+enum Part {
+    GateUp,
+    Down,
+}
+
+/// What a pass needs beside its input and output; layers of one shape can share it.
 pub struct Scratch {
-    max_rows: usize,
+    /// Rows that go together.
+    rows_at_once: usize,
     chosen: Array,
     weights: Array,
     counts: Array,
@@ -105,7 +131,9 @@ impl Experts {
         };
         let addresses = [part(|e| &e.gate), part(|e| &e.up), part(|e| &e.down)].concat();
         let table = (alike && !experts.is_empty()).then(|| device.upload(&addresses));
-        Ok(Self { mine, experts, routing, act, table: table.transpose()? })
+        let matrices = experts.iter().flat_map(|e| [&e.gate, &e.up, &e.down]);
+        let wide = matrices.map(|matrix| matrix.wide([])).min().unwrap_or(1);
+        Ok(Self { mine, experts, routing, act, table: table.transpose()?, wide })
     }
 
     /// Bytes of the matrices.
@@ -116,13 +144,28 @@ impl Experts {
 
     /// Whether `m` rows of `dtype` need nothing from the host, so that they can be recorded.
     pub fn is_direct(&self, dtype: Dtype, m: usize) -> bool {
-        let Some(first) = self.experts.first() else { return true };
+        self.experts.is_empty() || self.way(dtype, m) != Way::InTurn
+    }
+
+    fn way(&self, dtype: Dtype, m: usize) -> Way {
+        let (Some(first), Some(_)) = (self.experts.first(), &self.table) else {
+            return Way::InTurn;
+        };
         // (Which kernels there are.)
-        let fits = |matrix: &Matrix| match matrix.dense_values() {
+        let has_kernels = |matrix: &Matrix| match matrix.dense_values() {
             Some(values) => values.dtype() == dtype,
             None => dtype != Dtype::F32,
         };
-        m <= DIRECT_ROWS && self.table.is_some() && fits(&first.gate) && fits(&first.down)
+        let few = m * self.routing.per_token <= FEW_ROWS * self.routing.num_experts;
+        if !has_kernels(&first.gate) || !has_kernels(&first.down) {
+            Way::InTurn
+        } else if dtype != Dtype::F32 && self.wide == 1 && !few {
+            Way::Tiles
+        } else if m <= DIRECT_ROWS || few && dtype != Dtype::F32 {
+            Way::Few
+        } else {
+            Way::InTurn
+        }
     }
 
     /// Scratch memory for up to `max_rows` rows of `dtype`.
@@ -130,27 +173,31 @@ impl Experts {
     /// # Errors
     /// No memory on the device.
     pub fn scratch(&self, device: &Device, max_rows: usize, dtype: Dtype) -> Result<Scratch> {
-        let (pairs, mine) = (max_rows * self.routing.per_token, self.mine.len());
+        let hidden = self.experts.first().map_or(0, |e| e.gate.cols());
+        let row_bytes = self.routing.per_token * hidden * Dtype::F32.bytes();
+        let rows = RESULT_BYTES / row_bytes.max(1);
+        self.scratch_in_turns(device, rows.clamp(1, max_rows.max(1)), dtype)
+    }
+
+    fn scratch_in_turns(&self, device: &Device, rows: usize, dtype: Dtype) -> Result<Scratch> {
+        let (pairs, mine) = (rows * self.routing.per_token, self.mine.len());
         let (inner, hidden) =
             self.experts.first().map_or((0, 0), |e| (e.gate.rows(), e.gate.cols()));
-        // Either all pairs of few rows, or the rows of one expert.
-        let few = DIRECT_ROWS.min(max_rows) * self.routing.per_token;
-        let at_once = few.max(max_rows);
         let matrices = self.experts.iter().flat_map(|e| [&e.gate, &e.up, &e.down]);
-        let bytes = matrices.map(|m| linear::scratch_bytes(m, dtype, max_rows)).max();
+        let bytes = matrices.map(|m| linear::scratch_bytes(m, dtype, rows)).max();
         Ok(Scratch {
-            max_rows,
+            rows_at_once: rows,
             chosen: device.array(Dtype::I32, pairs)?,
             weights: device.array(Dtype::F32, pairs)?,
             counts: device.array(Dtype::I32, mine)?,
             active: device.array(Dtype::I32, mine)?,
-            pairs: device.array(Dtype::I32, mine * max_rows)?,
-            rows: device.array(Dtype::I32, mine * max_rows)?,
-            factors: device.array(Dtype::F32, mine * max_rows)?,
-            gathered: device.array(dtype, max_rows * hidden)?,
-            gate_up: device.array(dtype, max_rows * 2 * inner)?,
-            inner: device.array(dtype, at_once * inner)?,
-            y: device.array(Dtype::F32, at_once * hidden)?,
+            pairs: device.array(Dtype::I32, mine * rows)?,
+            rows: device.array(Dtype::I32, mine * rows)?,
+            factors: device.array(Dtype::F32, mine * rows)?,
+            gathered: device.array(dtype, rows * hidden)?,
+            gate_up: device.array(dtype, pairs * 2 * inner)?,
+            inner: device.array(dtype, pairs * inner)?,
+            y: device.array(Dtype::F32, pairs * hidden)?,
             bytes: device.array(Dtype::U8, bytes.unwrap_or(0))?,
         })
     }
@@ -168,24 +215,28 @@ impl Experts {
         out: &Array,
         scratch: &Scratch,
     ) -> Result<()> {
-        let m = rows_of(scores, self.routing.num_experts);
-        assert!(
-            m <= scratch.max_rows && x.len() == out.len() && x.dtype() == scratch.inner.dtype()
-        );
+        let num_experts = self.routing.num_experts;
+        let m = rows_of(scores, num_experts);
+        assert!(x.len() == out.len() && x.dtype() == scratch.inner.dtype());
         assert!(scores.dtype() == Dtype::F32 && out.dtype() == Dtype::F32);
-        if m == 0 {
-            return Ok(());
-        }
         if self.experts.is_empty() {
             return device.fill_zero(out);
         }
-        self.route(device, scores, m, scratch)?;
-        match &self.table {
-            Some(table) if self.is_direct(x.dtype(), m) => {
-                self.forward_direct(device, table, x, out, scratch)
+        let hidden = self.experts[0].gate.cols();
+        assert_eq!(x.len(), m * hidden);
+        let way = self.way(x.dtype(), m);
+        for first in (0..m).step_by(scratch.rows_at_once) {
+            let rows = first..(first + scratch.rows_at_once).min(m);
+            let part =
+                |array: &Array, width: usize| array.slice(rows.start * width..rows.end * width);
+            self.route(device, &part(scores, num_experts), rows.len(), scratch)?;
+            let (x, out) = (part(x, hidden), part(out, hidden));
+            match way {
+                Way::InTurn => self.forward_in_turn(device, &x, &out, scratch)?,
+                _ => self.forward_together(device, way, &x, &out, scratch)?,
             }
-            _ => self.forward_in_turn(device, x, out, scratch),
         }
+        Ok(())
     }
 
     /// Who chose whom.
@@ -217,7 +268,7 @@ impl Experts {
                 per_token.into(),
                 self.mine.start.into(),
                 self.mine.len().into(),
-                scratch.max_rows.into(),
+                scratch.rows_at_once.into(),
                 (&scratch.counts).into(),
                 (&scratch.active).into(),
                 (&scratch.pairs).into(),
@@ -227,36 +278,30 @@ impl Experts {
         )
     }
 
-    /// All experts at once, for few rows.
-    fn forward_direct(
+    /// All experts at once.
+    fn forward_together(
         &self,
         device: &Device,
-        table: &Array,
+        way: Way,
         x: &Array,
         out: &Array,
         scratch: &Scratch,
     ) -> Result<()> {
-        let (gate, down) = (&self.experts[0].gate, &self.experts[0].down);
-        let (mine, per_token) = (self.mine.len(), self.routing.per_token);
-        let m = x.len() / gate.cols();
-        let lists = [
-            (&scratch.active).into(),
-            (&scratch.counts).into(),
-            (&scratch.pairs).into(),
-            scratch.max_rows.into(),
-            per_token.into(),
-        ];
-        let arrays = [mine.into(), number(self.act), x.into(), (&scratch.inner).into()];
-        let wide = |e: &ExpertMatrices| e.gate.wide([x]).min(e.up.wide([x]));
-        let wide = self.experts.iter().map(wide).min().unwrap_or(0);
-        let args = [&[table.into()], &lists[..], &arrays].concat();
-        self.launch_direct(device, "gate_up", gate, (x, m), args, wide)?;
-        let arrays = [(&scratch.inner).into(), (&scratch.y).into()];
-        let wide = |e: &ExpertMatrices| e.down.wide([&scratch.inner]);
-        let wide = self.experts.iter().map(wide).min().unwrap_or(0);
-        let downs = table.slice(2 * mine..3 * mine);
-        let args = [&[(&downs).into()], &lists[..], &arrays].concat();
-        self.launch_direct(device, "down", down, (x, m), args, wide)?;
+        let (down, inner) = (&self.experts[0].down, self.experts[0].gate.rows());
+        let m = x.len() / down.rows();
+        let h = scratch.inner.first(m * self.routing.per_token * inner);
+        match way {
+            Way::Tiles => {
+                let gate_up = scratch.gate_up.first(2 * h.len());
+                self.launch_tiles(device, Part::GateUp, (x, &gate_up), scratch)?;
+                ops::gated(device, self.act, &gate_up, inner, &h)?;
+                self.launch_tiles(device, Part::Down, (&h, &scratch.y), scratch)?;
+            }
+            _ => {
+                self.launch_few(device, Part::GateUp, (x, &h), scratch)?;
+                self.launch_few(device, Part::Down, (&h, &scratch.y), scratch)?;
+            }
+        }
         device.launch(
             "combine_experts",
             [grid(m), 1, 1],
@@ -266,45 +311,94 @@ impl Experts {
                 (&scratch.y).into(),
                 (&scratch.chosen).into(),
                 (&scratch.weights).into(),
-                per_token.into(),
+                self.routing.per_token.into(),
                 self.mine.start.into(),
-                mine.into(),
+                self.mine.len().into(),
                 out.into(),
                 down.rows().into(),
             ],
         )
     }
 
-    /// A product with the matrices like `matrix` of all experts that have rows.
-    fn launch_direct(
+    /// The matrix that stands for all of a part, and where theirs are.
+    fn product(&self, part: Part) -> (&Matrix, Array) {
+        let table = self.table.as_ref().expect("experts that are alike");
+        match part {
+            Part::GateUp => (&self.experts[0].gate, table.clone()),
+            Part::Down => (&self.experts[0].down, table.slice(2 * self.mine.len()..table.len())),
+        }
+    }
+
+    /// `to = act(gate · from) * (up · from)`, or `to = down · from`.
+    fn launch_few(
         &self,
         device: &Device,
-        part: &str,
-        matrix: &Matrix,
-        (x, m): (&Array, usize),
-        mut args: Vec<Arg>,
-        wide: i32,
+        part: Part,
+        (from, to): (&Array, &Array),
+        scratch: &Scratch,
     ) -> Result<()> {
-        let pairs = m * self.routing.per_token;
-        let parts = linear::parts(matrix.rows() * self.routing.per_token, matrix.cols());
+        let (matrix, table) = self.product(part);
+        let per_token = self.routing.per_token;
+        let (name, rows_a_row, act) = match part {
+            Part::GateUp => ("gate_up", 1, Some([self.mine.len().into(), number(self.act)])),
+            Part::Down => ("down", per_token, None),
+        };
+        let m = from.len() / matrix.cols() / rows_a_row;
+        let parts = linear::parts(matrix.rows() * per_token, matrix.cols());
         let rows_a_block = MATVEC_WARPS / parts * MATVEC_ROWS;
-        args.extend([
-            matrix.rows().into(),
-            matrix.cols().into(),
-            matrix.skip().into(),
-            long(matrix.stride_bytes()),
-            parts.into(),
-            wide.into(),
-        ]);
-        let (weights, x) = (matrix.suffix(), x.dtype().suffix());
+        let mut args = lists(&table, scratch);
+        args.push(per_token.into());
+        args.extend(act.into_iter().flatten());
+        args.extend::<[Arg; 2]>([from.into(), to.into()]);
+        args.extend(shape(matrix));
+        args.extend::<[Arg; 2]>([parts.into(), self.wide.min(ops::wide([], [from])).into()]);
+        let (weights, dtype) = (matrix.suffix(), from.dtype().suffix());
         let compiled_m = if m == 1 { 1 } else { 4 };
         device.launch(
-            &format!("experts_{part}_{weights}_{x}_{compiled_m}"),
-            [grid(matrix.rows().div_ceil(rows_a_block)), grid(self.mine.len().min(pairs)), 1],
+            &format!("experts_{name}_{weights}_{dtype}_{compiled_m}"),
+            [grid(matrix.rows().div_ceil(rows_a_block)), self.experts_with_rows(m), 1],
             [MATVEC_WARPS as u32 * 32, 1, 1],
             0,
             &args,
         )
+    }
+
+    /// `to = [gate · from, up · from]`, or `to = down · from`.
+    fn launch_tiles(
+        &self,
+        device: &Device,
+        part: Part,
+        (from, to): (&Array, &Array),
+        scratch: &Scratch,
+    ) -> Result<()> {
+        assert_eq!(ops::wide([], [from]), 1, "rows at odd addresses");
+        let (matrix, table) = self.product(part);
+        let per_token = self.routing.per_token;
+        // Pairs of a row of `from`, and matrices of an expert.
+        let (divisor, matrices) = match part {
+            Part::GateUp => (per_token, 2),
+            Part::Down => (1, 1),
+        };
+        let m = from.len() / matrix.cols() * divisor / per_token;
+        let tiles = if m * per_token > 32 * self.routing.num_experts { 4 } else { 2 };
+        let mut args = lists(&table, scratch);
+        args.extend::<[Arg; 4]>([divisor.into(), self.mine.len().into(), from.into(), to.into()]);
+        args.push(i32::from(to.dtype() == Dtype::F32).into());
+        args.extend(shape(matrix));
+        args.push(long(matrices * matrix.rows()));
+        let (weights, dtype) = (matrix.suffix(), from.dtype().suffix());
+        device.launch(
+            &format!("experts_matmul_{weights}_{dtype}_{tiles}"),
+            [grid(matrix.rows().div_ceil(TILE_ROWS)), self.experts_with_rows(m), grid(matrices)],
+            [TILE_ROWS as u32 / 16 * 32, 1, 1],
+            linear::tile_bytes(tiles),
+            &args,
+        )
+    }
+
+    /// Experts of this rank that `m` rows can have chosen.
+    fn experts_with_rows(&self, m: usize) -> u32 {
+        grid(self.mine.len().min(m * self.routing.per_token))
     }
 
     /// One expert after another, each with all of its rows.
@@ -320,7 +414,7 @@ impl Experts {
         for (i, (expert, count)) in self.experts.iter().zip(counts).enumerate() {
             let count = usize::try_from(count).expect("a count");
             if count > 0 {
-                let list = i * scratch.max_rows..i * scratch.max_rows + count;
+                let list = i * scratch.rows_at_once..i * scratch.rows_at_once + count;
                 let (rows, factors) =
                     (scratch.rows.slice(list.clone()), scratch.factors.slice(list));
                 self.pass(device, expert, (x, &rows), scratch)?;
@@ -352,6 +446,23 @@ impl Experts {
         let y = scratch.y.first(n * hidden);
         linear::linear(device, &h, &expert.down, &y, hidden, 0.0, &scratch.bytes)
     }
+}
+
+/// What all kernels that go by the lists begin with.
+fn lists<'a>(table: &'a Array, scratch: &'a Scratch) -> Vec<Arg<'a>> {
+    vec![
+        table.into(),
+        (&scratch.active).into(),
+        (&scratch.counts).into(),
+        (&scratch.pairs).into(),
+        scratch.rows_at_once.into(),
+    ]
+}
+
+/// Rows, columns, skip and stride.
+fn shape(matrix: &Matrix) -> [Arg<'static>; 4] {
+    let stride = long(matrix.stride_bytes());
+    [matrix.rows().into(), matrix.cols().into(), matrix.skip().into(), stride]
 }
 
 /// Whether kernels see two matrices alike, but for where they are.
@@ -447,7 +558,7 @@ mod tests {
         let experts =
             Experts::new(device, mine.clone(), matrices, routing, Activation::Silu).unwrap();
         let scratch = experts.scratch(device, 70, dtype).unwrap();
-        // Beyond DIRECT_ROWS the host takes part.
+        // Few rows, and many: on the tensor cores, or with the host for f32.
         for m in [1, 2, 9, 70] {
             let x = rounded(dtype, &random(m * HIDDEN, m as u64));
             let mut scores = random(m * EXPERTS, 50 + m as u64);
@@ -497,6 +608,43 @@ mod tests {
         for mine in [0..3, 3..7, 2..2] {
             check(&device, Dtype::F32, false, mine, routing);
         }
+    }
+
+    #[test]
+    fn rows_go_in_turns_where_scratch_memory_is_short() {
+        let device = Device::emulated();
+        let routing = Routing { num_experts: EXPERTS, per_token: 3, norm_topk_prob: true };
+        for dtype in [Dtype::F32, Dtype::F16] {
+            let matrices: Vec<ExpertMatrices> =
+                (0..EXPERTS).map(|number| expert(&device, dtype, false, number).matrices).collect();
+            let experts =
+                Experts::new(&device, 0..EXPERTS, matrices, routing, Activation::Silu).unwrap();
+            let x = upload_as(&device, dtype, &random(70 * HIDDEN, 1));
+            let scores = device.upload(&random(70 * EXPERTS, 2)).unwrap();
+            let [whole, in_turns] = [70, 32].map(|rows| {
+                let out = device.array(Dtype::F32, 70 * HIDDEN).unwrap();
+                let scratch = experts.scratch_in_turns(&device, rows, dtype).unwrap();
+                experts.forward(&device, &scores, &x, &out, &scratch).unwrap();
+                read_f32(&device, &out)
+            });
+            assert_close(&in_turns, &whole, 1e-5);
+        }
+    }
+
+    #[test]
+    fn which_way_rows_go() {
+        let device = Device::emulated();
+        let routing = Routing { num_experts: EXPERTS, per_token: 2, norm_topk_prob: true };
+        let ways = |dtype| {
+            let all = (0..EXPERTS).map(|number| expert(&device, dtype, false, number).matrices);
+            let all = all.collect();
+            let experts =
+                Experts::new(&device, 0..EXPERTS, all, routing, Activation::Silu).unwrap();
+            [1, 14, 15, 64, 65].map(|m| experts.way(dtype, m))
+        };
+        use Way::{Few, InTurn, Tiles};
+        assert_eq!(ways(Dtype::F32), [Few, Few, Few, Few, InTurn]);
+        assert_eq!(ways(Dtype::Bf16), [Few, Few, Tiles, Tiles, Tiles]);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::{Error, Result};
 /// The first of these libraries that the loader finds.
 pub(super) fn find(names: &[&str]) -> Option<Library> {
     // SAFETY: their initialisers are NVIDIA's, and run in any program that links them.
-    names.iter().find_map(|name| unsafe { Library::new(name) }.ok())
+    names.iter().find_map(|name| unsafe { Library::new(*name) }.ok())
 }
 
 /// A function of a library, which must outlive it.

@@ -25,9 +25,11 @@ const MAX_MATVEC: usize = 4;
 const MAX_QUANT_MATVEC: usize = 8;
 /// Rows of activations up to which quantized weights are multiplied as they are taken apart.
 const MAX_QUANT_MATMUL: usize = 128;
-/// Rows of weights of a block, and columns of a step: those of kernels/quant_matmul.cu.
-const MATMUL_ROWS: usize = 128;
-const MATMUL_COLS: usize = 64;
+/// Rows of weights of a block, columns of a step, and values from row to row of those in
+/// shared memory: TILE_ROWS, TILE_COLS and TILE_STRIDE of kernels/weight_tiles.cuh.
+pub(super) const TILE_ROWS: usize = 128;
+const TILE_COLS: usize = 64;
+const TILE_STRIDE: usize = 72;
 /// Blocks that a matrix should give work: one on each of a large card's multiprocessors.
 const WANTED_BLOCKS: usize = 128;
 /// Rows of weights of a warp, and warps of a block: ROWS and WARPS of kernels/matvec.cuh.
@@ -193,9 +195,9 @@ impl Matrix {
         if self.quant().is_none() || dtype == Dtype::F32 || !whole || !wanted {
             return None;
         }
-        let blocks = self.rows.div_ceil(MATMUL_ROWS).max(1);
+        let blocks = self.rows.div_ceil(TILE_ROWS).max(1);
         let parts = WANTED_BLOCKS.div_ceil(blocks).min(self.cols.div_ceil(LEAST_VALUES));
-        let step = self.cols.div_ceil(parts).next_multiple_of(MATMUL_COLS);
+        let step = self.cols.div_ceil(parts).next_multiple_of(TILE_COLS);
         let tiles = m.div_ceil(16).next_power_of_two().max(2);
         let shape = Matmul { blocks, parts: self.cols.div_ceil(step), step, tiles };
         (shape.bytes() <= SCRATCH_BYTES).then_some(shape)
@@ -214,7 +216,7 @@ impl Matrix {
 
 /// The shape of a product from shared memory.
 struct Matmul {
-    /// Of [`MATMUL_ROWS`] rows of weights.
+    /// Of [`TILE_ROWS`] rows of weights.
     blocks: usize,
     /// Parts of the columns, each of `step`, whose sums are added up afterwards.
     parts: usize,
@@ -226,7 +228,7 @@ struct Matmul {
 impl Matmul {
     /// The sums of all parts.
     fn len(&self) -> usize {
-        self.parts * 16 * self.tiles * self.blocks * MATMUL_ROWS
+        self.parts * 16 * self.tiles * self.blocks * TILE_ROWS
     }
 
     fn bytes(&self) -> usize {
@@ -386,8 +388,8 @@ fn matmul(
     device.launch(
         &format!("matmul_{}_{}_{}", matrix.suffix(), x.dtype().suffix(), shape.tiles),
         [grid(shape.blocks), grid(shape.parts), 1],
-        [MATMUL_ROWS as u32 / 16 * 32, 1, 1],
-        0,
+        [TILE_ROWS as u32 / 16 * 32, 1, 1],
+        tile_bytes(shape.tiles),
         &[
             matrix.storage().into(),
             x.into(),
@@ -410,13 +412,18 @@ fn matmul(
             (&sums).into(),
             shape.parts.into(),
             (16 * shape.tiles).into(),
-            (shape.blocks * MATMUL_ROWS).into(),
+            (shape.blocks * TILE_ROWS).into(),
             out.into(),
             matrix.rows.into(),
             long(out_stride),
             i32::from(beta == 1.0).into(),
         ],
     )
+}
+
+/// Shared memory of a block that multiplies from there, 16 * `tiles` rows of activations.
+pub(super) fn tile_bytes(tiles: usize) -> usize {
+    (TILE_ROWS + 16 * tiles) * TILE_STRIDE * Dtype::F16.bytes()
 }
 
 /// Warps that share the sums of rows: more for a small matrix, by its shape only, so that

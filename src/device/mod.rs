@@ -1,7 +1,7 @@
 //! A GPU: its memory, the launch of farm's own kernels, matrix products, and the replay of
 //! recorded launches.
 //!
-//! [`Device`] is what the other layers see; behind it is a [`Driver`]: [`nvidia`] for CUDA
+//! [`Device`] is what the other layers see; behind it is a `Driver`: [`nvidia`] for CUDA
 //! (feature `cuda`), or an emulator that runs the same kernels on the CPU for tests
 //! (feature `emulator`). Kernels are the `.cu` files in `kernels/`; what calls them is beside
 //! this file, by subject. Everything a device does is queued on one stream, in order.

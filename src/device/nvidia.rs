@@ -17,7 +17,7 @@ use rayon::prelude::*;
 use super::choice::{NoDevice, Visible};
 use super::cublas::Blas;
 use super::gemm::Call;
-use super::{Device, Driver, Dtype, Launch, Properties, Replay};
+use super::{Device, Driver, Launch, Properties, Replay};
 use crate::{Error, Result};
 
 /// The kernels, and the compute capabilities that they were compiled for.

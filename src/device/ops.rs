@@ -226,7 +226,7 @@ pub fn gated_pair(
     out: &Array,
 ) -> Result<()> {
     assert!(gate.len() == out.len() && up.len() == out.len() && up.dtype() == gate.dtype());
-    if out.len() == 0 {
+    if out.is_empty() {
         return Ok(());
     }
     launch_gated(device, act, (gate, up, out.len()), out.len(), out)
@@ -334,7 +334,7 @@ pub fn convert(device: &Device, from: &Array, to: &Array) -> Result<()> {
 /// A device fault.
 pub fn gather_rows(device: &Device, from: &Array, indices: &Array, out: &Array) -> Result<()> {
     assert!(indices.dtype() == Dtype::I32 && from.dtype() == out.dtype());
-    if indices.len() == 0 || out.len() == 0 {
+    if indices.is_empty() || out.is_empty() {
         return Ok(());
     }
     let width = out.len() / indices.len();
@@ -368,7 +368,7 @@ pub fn scatter_add_rows(
 ) -> Result<()> {
     assert!(indices.dtype() == Dtype::I32 && to.dtype() == Dtype::F32);
     assert!(factors.is_none_or(|f| f.dtype() == Dtype::F32 && f.len() == indices.len()));
-    if indices.len() == 0 || from.len() == 0 {
+    if indices.is_empty() || from.is_empty() {
         return Ok(());
     }
     let width = from.len() / indices.len();

@@ -215,7 +215,7 @@ fn any_cases(
 }
 
 proptest! {
-    #![proptest_config(crate::engine::tests::config(48))]
+    #![proptest_config(crate::engine::tests::config(24))]
 
     /// The same tokens as on the host, for some thousand rows, in each order of threads.
     #[test]

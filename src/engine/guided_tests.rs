@@ -144,12 +144,12 @@ fn a_guided_text_does_not_depend_on_what_shares_its_batch() {
 fn a_runner_that_chooses_keeps_to_the_guides() {
     fn run<R: Runner>(mut engine: Engine<R>) -> BTreeMap<u64, EngineOutput> {
         let schemas = schemas();
-        for key in 0..24 {
+        for key in 0..12 {
             let schema = &schemas[key as usize % schemas.len()];
             engine.add(guided(key, Guide::json_schema(schema), 40 + 3 * key as usize));
         }
         let unguided = SamplingParams { max_new_tokens: 30, ..Default::default() };
-        engine.add(request(24, &[4, 5], unguided));
+        engine.add(request(12, &[4, 5], unguided));
         run_to_end(&mut engine)
     }
     let want = run(engine(100, 8, 64));

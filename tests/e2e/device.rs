@@ -105,9 +105,9 @@ fn tensor_parallel_ranks_give_the_same_greedy_text() {
 
 #[test]
 fn half_precision_and_quantized_weights_run_to_the_end() {
-    let case = Case::new("{\"prompt\":\"Once upon a time\"}\n{\"prompt\":\"farm\"}\n");
     let device = device();
     for model in ["llama_bf16", "gemma3", "mixtral"] {
+        let case = Case::new("{\"prompt\":\"Once upon a time\"}\n{\"prompt\":\"farm\"}\n");
         for more in [["--dtype", "bf16"], ["--dtype", "f16"], ["--quantize", "q8_0"]] {
             let device = ["--max-new-tokens", "4", "--device", device.as_str()];
             let flags = [&device[..], &more].concat();

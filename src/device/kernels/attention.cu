@@ -4,7 +4,7 @@
 //   attend_rows      a row at a time, split over its keys; any head, any type (f32's path)
 //   attend_split     the same for decode on tensor cores
 //   attend_combine   adds up the splits of the two above
-//   attend_prefill   chunks of prompts on tensor cores
+//   attend_prefill   chunks of prompts on tensor cores (Dao 2023, FlashAttention-2)
 //
 // A block of the cache holds 16 tokens, `[block][kv_head][16][head_dim]`, keys and values
 // alike. A query sees the keys of its own sequence up to its own position, and with a window
@@ -458,9 +458,9 @@ template <class T> __device__ void attend_combine(const Rows<T>& rows, int split
 // ---------------------------------------------------------------- tensor cores: 16 queries of a warp
 
 // 16 queries (or fewer) of one KV head against tiles of KEYS keys, heads padded by zeros to DIM,
-// all by one warp. Of QueryTile there are two: for wmma and from compute capability 8.0 on. Queries, keys
-// and values lie in shared memory as [..][STRIDE] values of T. A lane follows LANE_QUERIES
-// of the queries, with the keys `first..end` that each of them sees.
+// all by one warp. There are two kinds of QueryTile: from compute capability 8.0 on, and by wmma for
+// cards before. Queries, keys and values lie in shared memory, rows of STRIDE values of T. A
+// lane follows LANE_QUERIES of the queries, with the keys `first..end` that each of them sees.
 
 // A query's weights are taken relative to a score of its own, which only moves once the largest
 // lies this far above it: weights up to e^8, at no loss in floating point, and the sums seldom

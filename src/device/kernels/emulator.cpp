@@ -3,6 +3,7 @@
 #include "emulator.h"
 
 #include <map>
+#include <mutex>
 #include <string>
 #include <vector>
 #include <sys/mman.h>
@@ -268,6 +269,8 @@ extern "C" int farm_emulator_launch(const char* name, const unsigned* grid, cons
     if (found == kernels().end()) return 1;
     const unsigned threads = shape[0] * shape[1] * shape[2];
     if (threads == 0 || threads > 1024 || shared_bytes > (227 << 10)) return 2;
+    static std::mutex shared_memory;
+    const std::lock_guard<std::mutex> alone(shared_memory);
     make_block();
     block.kernel = found->first.c_str();
     block.function = found->second.function;

@@ -28,8 +28,9 @@
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
-// One OS thread runs a block at a time, so that tests can run side by side.
-#define __shared__ static thread_local
+// One block runs at a time in the process. Not thread_local: all kernels' arrays together are
+// larger than a thread's stack, which is where a program's own thread-local memory comes from.
+#define __shared__ static
 #define __constant__ static const
 
 // ---------------------------------------------------------------- vectors

@@ -4,66 +4,29 @@
 // the weights stream once, as blocks. Bound by the taking apart of blocks, about ten
 // instructions a value, which every value needs once however many rows there are.
 
-#include "matvec.cuh"
+#include "weight_tiles.cuh"
 
 namespace {
 
-// Rows of weights of a block, columns of a step, values from row to row in shared memory
-// (8 more than there are: rows fall into different banks).
-constexpr int TILE_ROWS = 128, TILE_COLS = 64, TILE_STRIDE = TILE_COLS + 8;
-constexpr int THREADS = TILE_ROWS / 16 * WARP;
-
 // partial[blockIdx.y][i][r] = x[i] · weights[r] over the `step` columns of this part of them,
-// for 16 * TILES rows i, those from m on zeros, and rows r up to a multiple of 128. Columns,
-// skip and addresses are multiples of eight values.
+// for 16 * TILES rows i, those from m on zeros, and rows r up to a multiple of TILE_ROWS.
 template <typename Format, int TILES, typename T>
 __device__ void matmul_blocks(const unsigned char* weights, const T* x, float* partial,
                               const Shape& shape, int m, int step) {
-    __align__(32) __shared__ T weight_tile[TILE_ROWS * TILE_STRIDE];
-    __align__(32) __shared__ T x_tile[16 * TILES * TILE_STRIDE];
-    const int first = blockIdx.x * TILE_ROWS, warp = threadIdx.x / WARP;
-    const int begin = shape.skip + blockIdx.y * step;
-    const int end = min(begin + step, shape.skip + shape.cols);
-    wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum[TILES];
-#pragma unroll
-    for (int i = 0; i < TILES; ++i) wmma::fill_fragment(sum[i], 0.0f);
-    for (int start = begin; start < end; start += TILE_COLS) {
-        for (int i = threadIdx.x; i < TILE_ROWS * TILE_COLS / 8; i += THREADS) {
-            const int row = i / (TILE_COLS / 8), col = 8 * (i % (TILE_COLS / 8)), at = start + col;
-            float v[8] = {};
-            if (first + row < shape.rows && at < end) {
-                Blocks<Format>::eight(weights + (first + row) * shape.stride, at, end, 1, v);
-            }
-            store8(weight_tile + row * TILE_STRIDE + col, v);
-        }
-        for (int i = threadIdx.x; i < 16 * TILES * TILE_COLS / 8; i += THREADS) {
-            const int row = i / (TILE_COLS / 8), col = 8 * (i % (TILE_COLS / 8)), at = start + col;
-            uint4 v = make_uint4(0, 0, 0, 0);
-            if (row < m && at < end) {
-                const long long from = (long long)row * shape.cols + at - shape.skip;
-                v = *reinterpret_cast<const uint4*>(x + from);
-            }
-            *reinterpret_cast<uint4*>(x_tile + row * TILE_STRIDE + col) = v;
-        }
-        __syncthreads();
-#pragma unroll
-        for (int k = 0; k < TILE_COLS; k += 16) {
-            wmma::fragment<wmma::matrix_b, 16, 16, 16, T, wmma::col_major> w;
-            wmma::load_matrix_sync(w, weight_tile + warp * 16 * TILE_STRIDE + k, TILE_STRIDE);
-#pragma unroll
-            for (int i = 0; i < TILES; ++i) {
-                wmma::fragment<wmma::matrix_a, 16, 16, 16, T, wmma::row_major> rows;
-                wmma::load_matrix_sync(rows, x_tile + i * 16 * TILE_STRIDE + k, TILE_STRIDE);
-                wmma::mma_sync(sum[i], rows, w, sum[i]);
-            }
-        }
-        __syncthreads();
-    }
+    DYNAMIC_SHARED(T, weight_tile);
+    T* x_tile = weight_tile + TILE_ROWS * TILE_STRIDE;
+    const int first = blockIdx.x * TILE_ROWS, begin = shape.skip + blockIdx.y * step;
+    Sums<TILES> sums;
+    const InOrder<T> rows{x, shape.cols, m};
+    multiply_tiles<Blocks<Format>, TILES>(weights, shape, first, begin,
+                                          min(begin + step, shape.skip + shape.cols), rows,
+                                          weight_tile, x_tile, sums);
     const long long width = (long long)gridDim.x * TILE_ROWS;
-    float* to = partial + blockIdx.y * 16ll * TILES * width + first + warp * 16;
+    float* to = partial + blockIdx.y * 16ll * TILES * width + first + threadIdx.x / WARP * 16;
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
-        wmma::store_matrix_sync(to + i * 16 * width, sum[i], (unsigned)width, wmma::mem_row_major);
+        wmma::store_matrix_sync(to + i * 16 * width, sums.tile[i], (unsigned)width,
+                                wmma::mem_row_major);
     }
 }
 
@@ -83,7 +46,7 @@ __device__ void add_partial(const float* partial, int parts, int height, int wid
 }  // namespace
 
 #define MATMUL(Q, X, TILES, Format, type)                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS) matmul_##Q##_##X##_##TILES(            \
+    extern "C" __global__ void __launch_bounds__(TILE_THREADS) matmul_##Q##_##X##_##TILES(            \
         const unsigned char* weights, const type* x, float* partial, int rows, int cols,         \
         int skip, long long stride, int m, int step) {                                           \
         matmul_blocks<Format, TILES>(weights, x, partial, {rows, cols, skip, stride}, m, step);  \

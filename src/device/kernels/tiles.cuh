@@ -25,7 +25,7 @@ struct Left {
     float a[4][2], b[2][2];
 };
 inline Left* left_by_warp() {
-    static thread_local Left all[32][WARP];
+    static Left all[32][WARP];  // one block runs at a time
     return all[threadIdx.x / WARP];
 }
 }  // namespace emulator
