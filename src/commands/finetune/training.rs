@@ -351,7 +351,7 @@ fn place(
 ) -> Result<Option<Place>> {
     let (devices, checkpoint) = (shared.devices, &shared.checkpoint);
     let opened = on_device::open(&args.model, devices, topology, checkpoint, comm)?;
-    Ok(opened.map(|(device, comm, dtype)| Place { device, dtype, comm }))
+    Ok(opened.map(|on_device::Opened { device, comm, dtype }| Place { device, dtype, comm }))
 }
 
 /// What matrices become on the host. A device makes floats its own type when they get there.

@@ -32,10 +32,20 @@ pub fn options(
     group: &Arc<dyn TensorComm>,
 ) -> Result<Option<DeviceOptions>> {
     let opened = open(&job.model.weights, devices, topology, checkpoint, group)?;
-    let Some((device, comm, dtype)) = opened else { return Ok(None) };
+    let Some(Opened { device, comm, dtype }) = opened else { return Ok(None) };
     let limits = devices.batch_limits(&job.model);
     let max_rows = limits.tokens.max(limits.sequences);
     Ok(Some(DeviceOptions { device, comm, dtype, max_rows, uses_graphs: true }))
+}
+
+/// A device that is open.
+pub struct Opened {
+    /// The device.
+    pub device: Device,
+    /// The tensor-parallel group's sums.
+    pub comm: Arc<dyn DeviceComm>,
+    /// What products are taken of.
+    pub dtype: Dtype,
 }
 
 /// The device, the group's sums, and what products are taken of; `None` on a CPU. Collective;
@@ -49,7 +59,7 @@ pub fn open(
     topology: &Topology,
     checkpoint: &Checkpoint,
     group: &Arc<dyn TensorComm>,
-) -> Result<Option<(Device, Arc<dyn DeviceComm>, Dtype)>> {
+) -> Result<Option<Opened>> {
     let world = &*topology.world;
     let device = agree(world, devices.open())?;
     let precision = devices.precision(flags, stored(checkpoint));
@@ -58,7 +68,7 @@ pub fn open(
     }
     let comm = agree(world, group_comm(devices, device.as_ref(), topology, group))?;
     let (Some(device), Some(precision)) = (device, precision) else { return Ok(None) };
-    Ok(Some((device, comm, dtype(precision.float))))
+    Ok(Some(Opened { device, comm, dtype: dtype(precision.float) }))
 }
 
 /// What arrays of a precision hold.
