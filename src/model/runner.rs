@@ -47,7 +47,7 @@ pub struct ModelRunner {
 
 /// The model where it computes.
 enum Model {
-    Host { decoder: Decoder, cache: KvCache },
+    Host { decoder: Box<Decoder>, cache: KvCache },
     Device { decoder: Box<DeviceDecoder>, chooser: Box<RowChooser> },
 }
 
@@ -60,7 +60,7 @@ impl Model {
             decoder.reserve_cache(options.num_blocks)?;
             return Ok(Self::Device { decoder: Box::new(decoder), chooser: Box::new(chooser) });
         }
-        let decoder = Decoder::load(l)?;
+        let decoder = Box::new(Decoder::load(l)?);
         let cache = KvCache::new(decoder.heads(), config.num_hidden_layers, options.num_blocks);
         Ok(Self::Host { decoder, cache })
     }

@@ -245,9 +245,10 @@ impl DeviceDecoder {
     /// Memory for a step's integers and logits; recorded work points at what it replaces.
     fn make_room(&mut self, packed: &Packed) -> Result<()> {
         let device = self.options.device.clone();
-        if packed.len() > self.buffers.integers.len() {
+        if packed.num_values() > self.buffers.integers.len() {
             self.graphs.clear();
-            self.buffers.integers = device.array(Dtype::I32, packed.len().next_power_of_two())?;
+            self.buffers.integers =
+                device.array(Dtype::I32, packed.num_values().next_power_of_two())?;
         }
         let rows = packed.shape.logits_rows;
         if rows * self.hidden_size > self.buffers.rows[0].len() {

@@ -144,8 +144,8 @@ impl Packed {
         Self { shape, values: sections.values, plan }
     }
 
-    /// Values.
-    pub fn len(&self) -> usize {
+    /// Room that they need.
+    pub fn num_values(&self) -> usize {
         self.values.len()
     }
 
