@@ -69,6 +69,11 @@ impl Devices {
         }
     }
 
+    /// Whether this rank's device is a slice of a card.
+    pub fn is_slice(&self) -> bool {
+        matches!(&self.own, Choice::Gpu { device, .. } if device.is_slice())
+    }
+
     /// All memory of this rank's device; `None` on a CPU.
     pub fn memory_bytes(&self) -> Option<u64> {
         match &self.own {

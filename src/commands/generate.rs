@@ -481,7 +481,7 @@ impl Run<'_> {
     ) -> Result<Ended> {
         let Some(mut coordinator) = coordinator else {
             let mut link = RemoteLink::new(leaders);
-            let worked = worker.run(&mut link);
+            let worked = self.or_end(worker.run(&mut link));
             let closed = link.close();
             return worked.and(closed).map(|()| Ended::default());
         };
@@ -489,7 +489,7 @@ impl Run<'_> {
             let mode = self.job.output.progress(&self.job.log);
             Progress::new(mode, self.start.elapsed(), progress_state(state))
         });
-        let worked = worker.run(&mut coordinator);
+        let worked = self.or_end(worker.run(&mut coordinator));
         let closed = coordinator.close();
         let progress = coordinator.progress().unwrap_or_default();
         let records_resumed = coordinator.records_resumed();
@@ -499,6 +499,20 @@ impl Run<'_> {
             records_total: progress.records_total,
             records_resumed,
         })
+    }
+
+    /// A leader whose device fails leaves its followers in the middle of a sum: the job ends.
+    fn or_end(&self, worked: Result<()>) -> Result<()> {
+        if let Err(error) = &worked
+            && error.kind == ErrorKind::Fault
+            && self.devices.on_device()
+            && self.topology.tensor_parallel.size() > 1
+        {
+            let world = &self.topology.world;
+            say(format_args!("farm: error: rank {} on {}: {error}", world.rank(), world.host()));
+            world.abort(error.kind.exit_code());
+        }
+        worked
     }
 
     fn time_is_up(&self) -> bool {

@@ -4,15 +4,20 @@
 
 use std::ffi::{c_int, c_void};
 
-use libloading::Library;
-
 use super::Dtype;
 use super::gemm::Call;
 use super::libraries::{find, function};
 use crate::{Error, Result};
 
-/// Newest first; the plain name is there where a development package is.
-const NAMES: [&str; 4] = ["libcublas.so.13", "libcublas.so.12", "libcublas.so.11", "libcublas.so"];
+/// Newest first, by CUDA's version; the plain name is there where a development package is.
+const NAMES: [(u32, &str); 4] = [
+    (13, "libcublas.so.13"),
+    (12, "libcublas.so.12"),
+    (11, "libcublas.so.11"),
+    (0, "libcublas.so"),
+];
+/// CUDA 13 knows no card before Turing.
+const TURING: (u32, u32) = (7, 5);
 
 // cublas_api.h and library_types.h.
 const OP_N: c_int = 0;
@@ -23,11 +28,14 @@ const R_16BF: c_int = 14;
 /// Sums in f32; f32 factors are not shortened to TF32.
 const COMPUTE_32F: c_int = 68;
 const GEMM_DEFAULT: c_int = -1;
+/// Parts of a split sum stay f32, too.
+const MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: c_int = 16;
 
 type Handle = *mut c_void;
 type Create = unsafe extern "C" fn(*mut Handle) -> c_int;
 type Destroy = unsafe extern "C" fn(Handle) -> c_int;
 type SetStream = unsafe extern "C" fn(Handle, *mut c_void) -> c_int;
+type SetMathMode = unsafe extern "C" fn(Handle, c_int) -> c_int;
 type SetWorkspace = unsafe extern "C" fn(Handle, *mut c_void, usize) -> c_int;
 type GemmEx = unsafe extern "C" fn(
     Handle,
@@ -56,8 +64,6 @@ pub(super) struct Blas {
     handle: Handle,
     destroy: Destroy,
     gemm_ex: GemmEx,
-    // The functions are its own: it goes last.
-    _library: Library,
 }
 
 // SAFETY: a handle may change threads; its settings are made once.
@@ -66,32 +72,44 @@ unsafe impl Send for Blas {}
 unsafe impl Sync for Blas {}
 
 impl Blas {
-    /// Of the current context: work goes to `stream` and takes `workspace_bytes` at `workspace`,
-    /// so that it can be recorded.
+    /// Of the current context, on a card of compute capability `card`: work goes to `stream` and
+    /// takes `workspace_bytes` at `workspace`, so that it can be recorded. `driver` is the newest
+    /// CUDA that the driver runs.
     ///
     /// # Errors
     /// No such library; one that does not start.
-    pub(super) fn new(stream: u64, workspace: u64, workspace_bytes: usize) -> Result<Self> {
-        let library = find(&NAMES).ok_or_else(|| {
+    pub(super) fn new(
+        stream: u64,
+        (workspace, workspace_bytes): (u64, usize),
+        driver: u32,
+        card: (u32, u32),
+    ) -> Result<Self> {
+        let runs = |version: u32| version <= driver && (version < 13 || card >= TURING);
+        let names = NAMES.iter().filter(|(version, _)| runs(*version)).map(|(_, name)| *name);
+        let names: Vec<&str> = names.collect();
+        let library = find(&names).ok_or_else(|| {
             Error::input(format!(
                 "cuBLAS is not found ({}): load the cluster's CUDA module, or add its folder to \
                  LD_LIBRARY_PATH",
-                NAMES.join(", ")
+                names.join(", ")
             ))
         })?;
         // SAFETY: the signatures of cublas_api.h; a context is current, by the caller.
         unsafe {
-            let create: Create = function(&library, "cublasCreate_v2")?;
-            let destroy = function(&library, "cublasDestroy_v2")?;
-            let set_stream: SetStream = function(&library, "cublasSetStream_v2")?;
-            let set_workspace: SetWorkspace = function(&library, "cublasSetWorkspace_v2")?;
-            let gemm_ex = function(&library, "cublasGemmEx")?;
+            let create: Create = function(library, "cublasCreate_v2")?;
+            let destroy = function(library, "cublasDestroy_v2")?;
+            let set_stream: SetStream = function(library, "cublasSetStream_v2")?;
+            let set_workspace: SetWorkspace = function(library, "cublasSetWorkspace_v2")?;
+            let set_math_mode: SetMathMode = function(library, "cublasSetMathMode")?;
+            let gemm_ex = function(library, "cublasGemmEx")?;
             let mut handle = std::ptr::null_mut();
             check(create(&raw mut handle), "cublasCreate")?;
-            let blas = Self { handle, destroy, gemm_ex, _library: library };
+            let blas = Self { handle, destroy, gemm_ex };
             check(set_stream(handle, stream as *mut c_void), "cublasSetStream")?;
             let memory = workspace as *mut c_void;
             check(set_workspace(handle, memory, workspace_bytes), "cublasSetWorkspace")?;
+            let mode = MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+            check(set_math_mode(handle, mode), "cublasSetMathMode")?;
             Ok(blas)
         }
     }

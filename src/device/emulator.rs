@@ -179,8 +179,8 @@ impl State {
             0 => Ok(()),
             1 => Err(Error::fault(format!("there is no kernel {kernel}"))),
             _ => Err(Error::fault(format!(
-                "kernel {kernel}: a block of {block:?} threads with {shared_bytes} bytes of shared \
-                 memory is more than a device has"
+                "kernel {kernel}: {grid:?} blocks of {block:?} threads with {shared_bytes} bytes of \
+                 shared memory are more than a device has"
             ))),
         }
     }

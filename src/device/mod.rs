@@ -384,8 +384,10 @@ impl Device {
     /// What `work` returns; a device that cannot record it.
     pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
         self.driver.begin_capture()?;
+        // Also where `work` panics: a queue that records runs nothing.
+        let recording = Recording(Some(&*self.driver));
         let done = work();
-        let recorded = self.driver.end_capture();
+        let recorded = recording.end();
         done?;
         Ok(Graph(recorded?))
     }
@@ -394,6 +396,26 @@ impl Device {
     #[cfg(feature = "nccl")]
     pub(crate) fn stream(&self) -> u64 {
         self.driver.stream()
+    }
+}
+
+/// Ends when it goes.
+struct Recording<'a>(Option<&'a dyn Driver>);
+
+impl Recording<'_> {
+    fn end(mut self) -> Result<Box<dyn Replay>> {
+        match self.0.take() {
+            Some(driver) => driver.end_capture(),
+            None => Err(Error::fault("nothing is recorded")),
+        }
+    }
+}
+
+impl Drop for Recording<'_> {
+    fn drop(&mut self) {
+        if let Some(driver) = self.0.take() {
+            let _ = driver.end_capture();
+        }
     }
 }
 

@@ -3,8 +3,6 @@
 use std::ffi::{c_char, c_int, c_void};
 use std::sync::Arc;
 
-use libloading::Library;
-
 use super::collectives::DeviceComm;
 use super::libraries::{find, function};
 use super::{Array, Device};
@@ -25,6 +23,7 @@ const ID_BYTES: usize = 128;
 struct UniqueId([c_char; ID_BYTES]);
 
 type Comm = *mut c_void;
+type GetVersion = unsafe extern "C" fn(*mut c_int) -> c_int;
 type GetUniqueId = unsafe extern "C" fn(*mut UniqueId) -> c_int;
 type CommInitRank = unsafe extern "C" fn(*mut Comm, c_int, UniqueId, c_int) -> c_int;
 type CommDestroy = unsafe extern "C" fn(Comm) -> c_int;
@@ -48,8 +47,7 @@ pub struct Nccl {
     destroy: CommDestroy,
     all_reduce: AllReduce,
     all_gather: AllGather,
-    // The functions are its own, and the communicator uses the device's context: they go last.
-    _library: Library,
+    // The communicator uses its context.
     _device: Device,
 }
 
@@ -59,9 +57,17 @@ unsafe impl Send for Nccl {}
 unsafe impl Sync for Nccl {}
 
 impl Nccl {
-    /// Whether the library is there.
-    pub fn is_present() -> bool {
-        find(&NAMES).is_some()
+    /// The version of the library; `None` where there is none. All ranks of a group need the
+    /// same.
+    pub fn version() -> Option<i32> {
+        let library = find(&NAMES)?;
+        let mut version = 0;
+        // SAFETY: the signature of nccl.h.
+        let status = unsafe {
+            let get: GetVersion = function(library, "ncclGetVersion").ok()?;
+            get(&raw mut version)
+        };
+        (status == 0).then_some(version)
     }
 
     /// Collective over the group, whose messages carry rank 0's id to the others. Every rank
@@ -75,11 +81,11 @@ impl Nccl {
         // SAFETY: the signatures of nccl.h.
         let (unique_id, init, destroy, all_reduce, all_gather) = unsafe {
             (
-                function::<GetUniqueId>(&library, "ncclGetUniqueId")?,
-                function::<CommInitRank>(&library, "ncclCommInitRank")?,
-                function(&library, "ncclCommDestroy")?,
-                function(&library, "ncclAllReduce")?,
-                function(&library, "ncclAllGather")?,
+                function::<GetUniqueId>(library, "ncclGetUniqueId")?,
+                function::<CommInitRank>(library, "ncclCommInitRank")?,
+                function(library, "ncclCommDestroy")?,
+                function(library, "ncclAllReduce")?,
+                function(library, "ncclAllGather")?,
             )
         };
         let id = shared_id(unique_id, group)?;
@@ -89,8 +95,8 @@ impl Nccl {
         // SAFETY: all ranks of the group come here with the same id, each on its own device.
         let status = unsafe { init(&raw mut comm, size as c_int, id, rank as c_int) };
         check(status, "joining the group")?;
-        let (_library, _device) = (library, device.clone());
-        Ok(Self { comm, rank, size, destroy, all_reduce, all_gather, _library, _device })
+        let _device = device.clone();
+        Ok(Self { comm, rank, size, destroy, all_reduce, all_gather, _device })
     }
 }
 
@@ -101,13 +107,17 @@ fn shared_id(unique_id: GetUniqueId, group: &Arc<dyn TensorComm>) -> Result<Uniq
     if group.rank() == 0 {
         let mut id = UniqueId([0; ID_BYTES]);
         // SAFETY: room for an id.
-        message[0] = unsafe { unique_id(&raw mut id) } as u8;
+        message[0] = u8::from(unsafe { unique_id(&raw mut id) } != 0);
         for (to, from) in message[1..].iter_mut().zip(id.0) {
             *to = from as u8;
         }
     }
     group.broadcast_bytes(0, &mut message);
-    check(c_int::from(message[0]), "an id for the group")?;
+    if message[0] != 0 {
+        return Err(Error::fault(
+            "NCCL: rank 0 gets no id for the group; NCCL_DEBUG=WARN says more",
+        ));
+    }
     let mut id = UniqueId([0; ID_BYTES]);
     for (to, from) in id.0.iter_mut().zip(&message[1..]) {
         *to = *from as c_char;

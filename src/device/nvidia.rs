@@ -29,8 +29,9 @@ pub use compiled::BUILT_FOR;
 
 /// Bytes of a pinned buffer.
 const STAGING_BYTES: usize = 32 << 20;
-/// Below this a write is left to the driver.
-const STAGED_FROM_BYTES: usize = 1 << 20;
+/// Pinned buffers for small writes, and their bytes: more than a step makes.
+const SLOTS: usize = 16;
+const SLOT_BYTES: usize = 256 << 10;
 /// What each thread fills of a pinned buffer at a time.
 const FILL_BYTES: usize = 1 << 20;
 /// cuBLAS's scratch, given to it so that its products can be recorded; what it asks for on
@@ -163,6 +164,8 @@ impl Drop for Context {
 struct Nvidia {
     // Dropped in this order: the context last.
     staging: Mutex<Option<Staging>>,
+    /// For small writes, several of which a step makes.
+    slots: Mutex<Staging>,
     workspace: sys::CUdeviceptr,
     blas: Blas,
     modules: Modules,
@@ -204,16 +207,24 @@ impl Nvidia {
         // SAFETY: the context is current; given up with `Nvidia`.
         let workspace = unsafe { cuda::malloc_sync(WORKSPACE_BYTES) };
         let workspace = workspace.map_err(failed("cuBLAS's memory"))?;
-        let blas = Blas::new(stream as u64, workspace, WORKSPACE_BYTES)?;
+        let mut driver = 0;
+        // SAFETY: room for a number.
+        unsafe { sys::cuDriverGetVersion(&raw mut driver) }
+            .result()
+            .map_err(failed("the driver's version"))?;
+        let memory = (workspace, WORKSPACE_BYTES);
+        let card = properties.compute_capability;
+        let blas = Blas::new(stream as u64, memory, (driver / 1000) as u32, card)?;
         let staging = Mutex::new(None);
-        Ok(Self { staging, workspace, blas, modules, properties, context })
+        let slots = Mutex::new(Staging::new(SLOTS, SLOT_BYTES)?);
+        Ok(Self { staging, slots, workspace, blas, modules, properties, context })
     }
 
     /// The pinned buffers, made when they are first needed.
     fn staging(&self) -> Result<MutexGuard<'_, Option<Staging>>> {
         let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
         if staging.is_none() {
-            *staging = Some(Staging::new()?);
+            *staging = Some(Staging::new(2, STAGING_BYTES)?);
         }
         Ok(staging)
     }
@@ -233,10 +244,32 @@ fn keep_pool(device: sys::CUdevice) -> bool {
     unsafe {
         cuda::device::get_default_mem_pool(device).is_ok_and(|pool| {
             let which = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-            sys::cuMemPoolSetAttribute(pool, which, std::ptr::from_mut(&mut threshold).cast())
-                .result()
-                .is_ok()
+            let set = sys::cuMemPoolSetAttribute(pool, which, (&raw mut threshold).cast());
+            open_to_peers(device, pool);
+            set.result().is_ok()
         })
+    }
+}
+
+/// Lets the node's other devices reach a pool: NCCL reads the memory of ranks that are threads of
+/// this process, and memory of a pool is closed to peers until then.
+fn open_to_peers(device: sys::CUdevice, pool: sys::CUmemoryPool) {
+    for ordinal in 0..cuda::device::get_count().unwrap_or(0) {
+        let Ok(peer) = cuda::device::get(ordinal) else { continue };
+        let mut can = 0;
+        // SAFETY: two devices of the driver, and room for a number.
+        let asked = unsafe { sys::cuDeviceCanAccessPeer(&raw mut can, peer, device) };
+        if peer == device || asked.result().is_err() || can == 0 {
+            continue;
+        }
+        let location = sys::CUmemLocation {
+            type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE,
+            id: ordinal,
+        };
+        let flags = sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+        let access = sys::CUmemAccessDesc { location, flags };
+        // SAFETY: a pool of the driver's; refused is no harm to a rank alone.
+        let _ = unsafe { sys::cuMemPoolSetAccess(pool, &raw const access, 1) };
     }
 }
 
@@ -310,10 +343,10 @@ impl Drop for Nvidia {
     }
 }
 
-/// Two pinned buffers, and when each has been copied from.
+/// Pinned buffers that take turns, and when each has been copied from.
 struct Staging {
-    buffers: [*mut c_void; 2],
-    copied: [sys::CUevent; 2],
+    buffers: Vec<(*mut c_void, sys::CUevent)>,
+    bytes: usize,
     next: usize,
 }
 
@@ -321,38 +354,42 @@ struct Staging {
 unsafe impl Send for Staging {}
 
 impl Staging {
-    fn new() -> Result<Self> {
+    fn new(count: usize, bytes: usize) -> Result<Self> {
         let buffer = || {
             // SAFETY: freed with `Staging`.
-            unsafe { cuda::malloc_host(STAGING_BYTES, 0) }
+            unsafe { cuda::malloc_host(bytes, 0) }
                 .map_err(|error| fault("pinned memory on the host", error))
         };
         let event = || {
             cuda::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
                 .map_err(|error| fault("an event", error))
         };
-        Ok(Self { buffers: [buffer()?, buffer()?], copied: [event()?, event()?], next: 0 })
+        let mut staging = Self { buffers: Vec::new(), bytes, next: 0 };
+        for _ in 0..count {
+            staging.buffers.push((buffer()?, event()?));
+        }
+        Ok(staging)
     }
 
     /// Copies through the buffers in turn.
     fn write(&mut self, to: u64, from: &[u8], stream: sys::CUstream) -> Result<()> {
         let failed = |error| fault("a copy to the device", error);
-        for (i, part) in from.chunks(STAGING_BYTES).enumerate() {
-            let which = self.next;
-            self.next = 1 - which;
+        for (i, part) in from.chunks(self.bytes).enumerate() {
+            let (memory, copied) = self.buffers[self.next];
+            self.next = (self.next + 1) % self.buffers.len();
             // SAFETY: the event is of this context; the buffer is as large as any part, and
             // the copy that read it last is done.
             let buffer = unsafe {
-                cuda::event::synchronize(self.copied[which]).map_err(failed)?;
-                std::slice::from_raw_parts_mut(self.buffers[which].cast::<u8>(), part.len())
+                cuda::event::synchronize(copied).map_err(failed)?;
+                std::slice::from_raw_parts_mut(memory.cast::<u8>(), part.len())
             };
             let pieces = buffer.par_chunks_mut(FILL_BYTES).zip(part.par_chunks(FILL_BYTES));
             pieces.for_each(|(to, from)| to.copy_from_slice(from));
-            let at = to + (i * STAGING_BYTES) as u64;
+            let at = to + (i * self.bytes) as u64;
             // SAFETY: inside an allocation, by the caller; the buffer stays until the event.
             unsafe {
                 cuda::memcpy_htod_async(at, buffer, stream).map_err(failed)?;
-                cuda::event::record(self.copied[which], stream).map_err(failed)?;
+                cuda::event::record(copied, stream).map_err(failed)?;
             }
         }
         Ok(())
@@ -363,10 +400,10 @@ impl Drop for Staging {
     fn drop(&mut self) {
         // SAFETY: made by `new`; the copies from them are waited for.
         unsafe {
-            for (buffer, copied) in self.buffers.iter().zip(self.copied) {
-                let _ = cuda::event::synchronize(copied);
-                let _ = cuda::event::destroy(copied);
-                let _ = cuda::free_host(*buffer);
+            for (memory, copied) in &self.buffers {
+                let _ = cuda::event::synchronize(*copied);
+                let _ = cuda::event::destroy(*copied);
+                let _ = cuda::free_host(*memory);
             }
         }
     }
@@ -408,16 +445,14 @@ impl Driver for Nvidia {
 
     fn write(&self, to: u64, from: &[u8]) -> Result<()> {
         self.context.current()?;
-        if from.len() >= STAGED_FROM_BYTES {
-            return match &mut *self.staging()? {
-                Some(staging) => staging.write(to, from, self.context.stream),
-                None => Err(Error::fault("no pinned memory")),
-            };
+        if from.len() <= SLOT_BYTES {
+            let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+            return slots.write(to, from, self.context.stream);
         }
-        // SAFETY: as many bytes of an allocation. From pageable memory the driver has taken
-        // them when it returns.
-        unsafe { cuda::memcpy_htod_async(to, from, self.context.stream) }
-            .map_err(|error| fault("a copy to the device", error))
+        match &mut *self.staging()? {
+            Some(staging) => staging.write(to, from, self.context.stream),
+            None => Err(Error::fault("no pinned memory")),
+        }
     }
 
     fn read(&self, from: u64, to: &mut [u8]) -> Result<()> {
@@ -480,6 +515,14 @@ impl Driver for Nvidia {
 
     fn free_bytes(&self) -> Result<u64> {
         self.synchronize()?;
+        if self.context.has_pools {
+            // What the pool keeps for later counts as taken.
+            // SAFETY: the device's own pool; a failure leaves it as it is.
+            let _ = unsafe {
+                cuda::device::get_default_mem_pool(self.context.device)
+                    .and_then(|pool| cuda::mem_pool::trim_to(pool, 0))
+            };
+        }
         let (free, _) = cuda::mem_get_info().map_err(|error| fault("its free memory", error))?;
         Ok(free as u64)
     }

@@ -102,6 +102,12 @@ pub fn guess_threads(requested: Option<usize>, own: &RankCpus, local_ranks: usiz
 /// (MPI starts some).
 pub unsafe fn limit_library_threads(threads: usize) {
     let threads = threads.to_string();
+    // NCCL registers buffers of recorded work, which all ranks of a group must do or none; each
+    // decides on its own what it records.
+    if std::env::var_os("NCCL_GRAPH_REGISTER").is_none() {
+        // SAFETY: as below.
+        unsafe { std::env::set_var("NCCL_GRAPH_REGISTER", "0") };
+    }
     for name in ["RAYON_NUM_THREADS", "CANDLE_NUM_THREADS"] {
         // SAFETY: no other thread runs, as this function's own contract asks.
         unsafe { std::env::set_var(name, &threads) };

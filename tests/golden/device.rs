@@ -29,7 +29,14 @@ fn options(
     uses_graphs: bool,
 ) -> LoadOptions {
     let comm = Arc::new(HostStaged::new(comm));
-    let device = DeviceOptions { device: device(), comm, dtype, max_rows: 256, uses_graphs };
+    let device = DeviceOptions {
+        device: device(),
+        comm,
+        dtype,
+        max_rows: 256,
+        max_logits_rows: 16,
+        uses_graphs,
+    };
     LoadOptions { dtype: quantized, max_seq_len: 512, num_blocks: 64, device: Some(device) }
 }
 

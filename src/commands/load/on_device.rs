@@ -11,6 +11,7 @@ use crate::device::choice::{Float, Stored};
 use crate::device::collectives::{DeviceComm, HostStaged};
 use crate::device::sampling::RowChooser;
 use crate::device::{Device, Dtype};
+use crate::engine::{EngineConfig, Mode};
 use crate::model::checkpoint::StoredDtype;
 use crate::model::device::DeviceOptions;
 use crate::model::{Checkpoint, ModelRunner, Runner};
@@ -19,6 +20,9 @@ use crate::{Error, Result};
 /// Share of the device's free memory that the KV cache may take, where the flags do not say: the
 /// rest is for the libraries, recorded work, and logits of scored prompts.
 const KV_CACHE_SHARE: f64 = 0.9;
+
+/// What the driver and the libraries may take later.
+const RESERVED_BYTES: u64 = 256 << 20;
 
 /// The device and how to compute on it; `None` on a CPU. Collective; fails alike on all ranks.
 ///
@@ -35,7 +39,15 @@ pub fn options(
     let Some(Opened { device, comm, dtype }) = opened else { return Ok(None) };
     let limits = devices.batch_limits(&job.model);
     let max_rows = limits.tokens.max(limits.sequences);
-    Ok(Some(DeviceOptions { device, comm, dtype, max_rows, uses_graphs: true }))
+    // As the engine asks for them: each sequence's, or some of a scored prompt.
+    let row_bytes = size_of::<f32>() * checkpoint.config().vocab_size;
+    let scored = match job.mode {
+        Mode::Generate => 0,
+        Mode::Score => EngineConfig::default().max_scored_logits_bytes / row_bytes,
+    };
+    let max_logits_rows = limits.sequences + scored;
+    let uses_graphs = true;
+    Ok(Some(DeviceOptions { device, comm, dtype, max_rows, max_logits_rows, uses_graphs }))
 }
 
 /// A device that is open.
@@ -110,24 +122,23 @@ fn group_comm(
     topology: &Topology,
     group: &Arc<dyn TensorComm>,
 ) -> Result<Arc<dyn DeviceComm>> {
-    let here = device.is_some_and(|device| !device.properties().emulated)
+    // NCCL takes slices of one card for one device.
+    let is_own = device.is_some_and(|device| !device.properties().emulated)
         && devices.ranks_on_device() == 1
-        && has_nccl();
-    let all = topology.tensor_parallel.all_gather(&[u8::from(here)]);
+        && !devices.is_slice();
+    let version = if is_own { nccl_version() } else { None }.unwrap_or(0);
+    let all = topology.tensor_parallel.all_gather(&version.to_le_bytes());
+    let is_common = version > 0 && all.iter().all(|other| **other == version.to_le_bytes());
     match device {
         #[cfg(feature = "nccl")]
-        Some(device) if group.size() > 1 && all.iter().all(|here| here[..] == [1]) => {
+        Some(device) if group.size() > 1 && is_common => {
             Ok(Arc::new(crate::device::nccl::Nccl::new(device, group)?))
         }
         _ => {
-            if group.size() > 1 && device.is_some() && group.rank() == 0 {
+            if group.size() > 1 && device.is_some() && group.rank() == 0 && !is_common {
                 tracing::info!(
-                    "sums of the tensor-parallel group go through the host ({})",
-                    if all.iter().all(|here| here[..] == [1]) {
-                        "this farm was built without NCCL"
-                    } else {
-                        "without NCCL, or ranks share a GPU"
-                    }
+                    "sums of the tensor-parallel group go through the host: its ranks have no NCCL \
+                     in common, or no GPU each"
                 );
             }
             Ok(Arc::new(HostStaged::new(group.clone())))
@@ -135,11 +146,11 @@ fn group_comm(
     }
 }
 
-fn has_nccl() -> bool {
+fn nccl_version() -> Option<i32> {
     #[cfg(feature = "nccl")]
-    return crate::device::nccl::Nccl::is_present();
+    return crate::device::nccl::Nccl::version();
     #[cfg(not(feature = "nccl"))]
-    false
+    None
 }
 
 /// The blocks of the KV cache, now that it is known what the weights leave of this rank's device;
@@ -156,11 +167,10 @@ pub fn num_blocks(
     let Some(decoder) = runner.on_device() else { return Ok(None) };
     let sequences = devices.batch_limits(&job.model).sequences;
     let vocab_size = runner.vocab_size();
-    // Not there yet: the logits of a step, and what choosing from them takes.
-    let choosing = RowChooser::bytes_for(vocab_size, sequences, sequences);
-    let logits = 2 * sequences * vocab_size * size_of::<f32>();
+    // Not there yet: what choosing takes, and recorded work.
+    let choosing = RowChooser::bytes_for(vocab_size, sequences, sequences) as u64;
     let free = decoder.device().free_bytes()? / devices.ranks_on_device() as u64;
-    let free = free.saturating_sub((choosing + logits) as u64);
+    let free = free.saturating_sub(choosing + RESERVED_BYTES);
     let allowed = match job.model.kv_cache_memory {
         Some(flag) => flag.min(free),
         None => (free as f64 * KV_CACHE_SHARE) as u64,

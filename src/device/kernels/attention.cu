@@ -1165,7 +1165,7 @@ ATTEND_ROWS_OF(bf16)
     }                                                                                                                 \
     EXPORT_KERNEL(attend_prefill_##NAME##_d##DIM)
 #define ATTEND_TILES_OF(NAME, T, VARIANT, VOLTA)                                                                      \
-    ATTEND_TILES(NAME, T, 64, 64, 2, VARIANT, VOLTA)                                                                  \
+    ATTEND_TILES(NAME, T, 64, 64, (VOLTA ? 1 : 2), VARIANT, VOLTA)                                                                  \
     ATTEND_TILES(NAME, T, 96, 64, 1, VARIANT, VOLTA)                                                                  \
     ATTEND_TILES(NAME, T, 128, 64, 1, VARIANT, VOLTA)                                                                 \
     ATTEND_TILES(NAME, T, 256, 32, 1, VARIANT, VOLTA)

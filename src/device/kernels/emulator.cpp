@@ -260,15 +260,16 @@ Registration::Registration(const char* name, void* kernel, Invoke invoke) { kern
 
 }  // namespace emulator
 
-// Runs a kernel; 0, or 1 where there is none of that name, 2 where the block or the shared memory is larger than a
-// device's.
+// Runs a kernel; 0, or 1 where there is none of that name, 2 where the grid, the block or the shared memory is larger
+// than a device's.
 extern "C" int farm_emulator_launch(const char* name, const unsigned* grid, const unsigned* shape, size_t shared_bytes,
                                     void** arguments, unsigned order) {
     using namespace emulator;
     const auto found = kernels().find(name);
     if (found == kernels().end()) return 1;
     const unsigned threads = shape[0] * shape[1] * shape[2];
-    if (threads == 0 || threads > 1024 || shared_bytes > (227 << 10)) return 2;
+    const bool fits = grid[1] <= 65535 && grid[2] <= 65535 && shape[2] <= 64;
+    if (threads == 0 || threads > 1024 || !fits || shared_bytes > (227 << 10)) return 2;
     static std::mutex shared_memory;
     const std::lock_guard<std::mutex> alone(shared_memory);
     make_block();

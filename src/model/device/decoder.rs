@@ -39,12 +39,17 @@ pub struct DeviceOptions {
     pub dtype: Dtype,
     /// Most rows of a step.
     pub max_rows: usize,
+    /// Most rows of a step whose logits are wanted, as far as memory is set aside for them.
+    pub max_logits_rows: usize,
     /// Whether decode steps are recorded.
     pub uses_graphs: bool,
 }
 
 /// A model, or a tensor-parallel rank's share of one, on a device.
 pub struct DeviceDecoder {
+    /// First, so that it goes first: NCCL's communicator waits until no recorded work has sums
+    /// of its group.
+    graphs: HashMap<StepShape, Graph>,
     options: DeviceOptions,
     heads: Shape,
     vocab_size: usize,
@@ -60,7 +65,6 @@ pub struct DeviceDecoder {
     /// Keys and values of each layer.
     cache: Vec<[Array; 2]>,
     num_blocks: usize,
-    graphs: HashMap<StepShape, Graph>,
 }
 
 struct Embedding {
@@ -128,8 +132,8 @@ impl DeviceDecoder {
         };
         let norm = Norm::load(l, config, config.names.norm, config.hidden_size)?;
         let max_rows = options.max_rows;
-        let shape = [config.hidden_size, max_seq_len];
-        let buffers = Buffers::new(&options, heads, &layers, &lm_head, shape)?;
+        let vocabulary = [config.hidden_size, config.vocab_size];
+        let buffers = Buffers::new(&options, heads, &layers, &lm_head, max_seq_len, vocabulary)?;
         device.synchronize()?;
         Ok(Self {
             heads,
@@ -222,13 +226,26 @@ impl DeviceDecoder {
         } else {
             // The libraries' first calls may allocate, which cannot be recorded.
             self.launch(&inputs, shape, &adapters, Some(batch))?;
-            let graph = device.capture(|| self.launch(&inputs, shape, &[], None))?;
-            if self.graphs.len() >= MAX_GRAPHS {
-                self.graphs.clear();
-            }
-            self.graphs.insert(shape, graph);
+            self.record(&inputs, shape);
         }
         Ok(self.whole_logits().first(wanted * self.vocab_size))
+    }
+
+    /// Records a step that has just run, for the next one of its shape.
+    fn record(&mut self, inputs: &Inputs, shape: StepShape) {
+        if self.graphs.len() >= MAX_GRAPHS {
+            self.graphs.clear();
+        }
+        let device = self.options.device.clone();
+        match device.capture(|| self.launch(inputs, shape, &[], None)) {
+            Ok(graph) => {
+                self.graphs.insert(shape, graph);
+            }
+            Err(error) => {
+                tracing::warn!("steps are launched one kernel at a time from here on: {error}");
+                self.options.uses_graphs = false;
+            }
+        }
     }
 
     fn can_be_captured(&self, shape: StepShape, adapters: &[AdapterGroup]) -> bool {
@@ -390,8 +407,10 @@ impl Buffers {
         heads: Shape,
         layers: &[Layer],
         lm_head: &Linear,
-        [hidden_size, max_seq_len]: [usize; 2],
+        max_seq_len: usize,
+        vocabulary: [usize; 2],
     ) -> Result<Self> {
+        let hidden_size = vocabulary[0];
         let DeviceOptions { device, dtype, max_rows, .. } = options;
         let (dtype, max_rows) = (*dtype, *max_rows);
         let widths = layers.iter().map(|l| l.widths(heads)).fold(Widths::default(), Widths::max);
@@ -416,15 +435,22 @@ impl Buffers {
         let experts = layers.iter().find_map(Layer::experts);
         let experts = experts.map(|experts| experts.scratch(device, max_rows, dtype));
         let nothing = || device.array(Dtype::F32, 0);
-        Ok(Self {
+        // Tiles take fewer queries than 16 in no case (see `attention::Plan`).
+        let group = heads.heads / heads.kv_heads.max(1);
+        let sequences = options.max_logits_rows;
+        let tiles = 2 * (max_rows * group / 16 + sequences);
+        let integers = 8 * max_rows + sequences * (3 + max_blocks) + tiles;
+        let mut buffers = Self {
             work,
-            integers: device.array(Dtype::I32, 0)?,
+            integers: device.array(Dtype::I32, integers)?,
             scratch: device.array(Dtype::U8, scratch.unwrap_or(0))?,
             attention_scratch: device.array(Dtype::F32, attention_scratch)?,
             experts_scratch: experts.transpose()?,
             rows: [nothing()?, nothing()?],
             logits: [nothing()?, nothing()?, nothing()?],
-        })
+        };
+        buffers.reserve_logits(options, options.max_logits_rows, vocabulary)?;
+        Ok(buffers)
     }
 
     fn reserve_logits(
@@ -437,6 +463,10 @@ impl Buffers {
         let size = comm.size();
         let widest = vocab_size.div_ceil(size);
         let among_ranks = |len: usize| device.array(Dtype::F32, if size > 1 { len } else { 0 });
+        // What there was goes before its successor comes.
+        let nothing = device.array(Dtype::F32, 0)?;
+        self.rows = [nothing.clone(), nothing.clone()];
+        self.logits = [nothing.clone(), nothing.clone(), nothing];
         self.rows = [
             device.array(Dtype::F32, rows * hidden_size)?,
             device.array(*dtype, rows * hidden_size)?,

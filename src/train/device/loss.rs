@@ -15,9 +15,12 @@ use crate::train::parameters::Parameters;
 /// Logits that are held at once: enough rows for large products of the widest vocabularies.
 const LOGITS_AT_ONCE: usize = 64 << 20;
 
+/// Blocks that a grid can have in its second direction.
+const MAX_GRID: usize = 65_535;
+
 /// Rows whose logits over `ids` tokens are held at once.
 pub fn rows_at_once(ids: usize) -> usize {
-    (LOGITS_AT_ONCE / ids.max(1)).max(1)
+    (LOGITS_AT_ONCE / ids.max(1)).clamp(1, MAX_GRID)
 }
 
 /// The way from the last hidden states to the loss.
