@@ -205,6 +205,7 @@ pub struct Device {
 pub struct Graph(Box<dyn Replay>);
 
 impl Device {
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
     pub(crate) fn new(driver: Arc<dyn Driver>) -> Self {
         Self { driver }
     }
@@ -479,6 +480,7 @@ pub fn blocks(len: usize, threads: usize) -> u32 {
     u32::try_from(len.div_ceil(threads)).unwrap_or(u32::MAX)
 }
 
+#[cfg(any(feature = "cuda", feature = "emulator"))]
 fn no_memory(bytes: usize, free: u64) -> Error {
     let mib = |bytes: u64| bytes >> 20;
     Error::input(format!(
