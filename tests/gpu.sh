@@ -3,7 +3,7 @@
 # and beside HF transformers, tensor parallelism on one card, LoRA training.
 #
 #   make cuda && tests/gpu.sh                  everything
-#   tests/gpu.sh goldens parity 7b             some of: limits goldens parity tp 1.1b 7b 13b transformers lora
+#   tests/gpu.sh goldens parity 7b             some of: limits goldens parity tp sanitizer 1.1b 7b 13b transformers lora
 #   tests/gpu.sh build                         on a machine without a GPU: what to carry, into target/gpu/
 #   DEVICE=emulator tests/gpu.sh dry           the script itself, on the tests' emulator at tiny sizes
 #
@@ -135,6 +135,20 @@ golden_tests() {
     passed=$(sed -n 's/^test result: [a-zA-Z]*\. \(.*\); 0 ignored.*/\1/p' "$dir/goldens.log")
     row "golden tests on $device" "${passed:-no result}"
     grep -q '^test result: ok' "$dir/goldens.log"
+}
+
+# Accesses out of bounds, races in shared memory and reads of what nobody wrote, in a short run.
+sanitizer() {
+    local tool errors found=0
+    command -v compute-sanitizer > /dev/null || { row "compute-sanitizer" "absent"; return 0; }
+    [[ -n $goldens ]] || { say "no FARM_GOLDENS: see tests/gpu.sh build"; return 1; }
+    for tool in memcheck racecheck initcheck; do
+        FARM_TEST_DEVICE=$device limited compute-sanitizer --tool "$tool" --error-exitcode 9 "$goldens" device::recorded \
+            --test-threads=1 > "$dir/$tool.log" 2>&1 || found=1
+        errors=$(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$dir/$tool.log" | tail -n 1)
+        row "compute-sanitizer $tool" "${errors#*SUMMARY: }"
+    done
+    return $found
 }
 
 # ids NAME: of the records of a run.
@@ -290,21 +304,13 @@ table() {
     awk -F '\t' '{printf "| %s | %s | %s |\n", $1, $2, $3}' "$rows"
 }
 
-# CUDA's libraries lie in the toolkit or in Python's wheels, where the loader does not look; wheels have no names without
-# versions, by which farm looks for them. Links make up for that.
+# CUDA's libraries lie in the toolkit or in Python's wheels, where the loader does not look.
 find_libraries() {
-    local folder name file site
+    local folder site
     site=$("$python" -c 'import site; print(site.getsitepackages()[0])' 2> /dev/null)
-    mkdir -p "$dir/lib"
     for folder in /usr/local/cuda*/lib64 /usr/local/cuda*/targets/*/lib "$site"/nvidia/*/lib; do
-        [[ -d $folder ]] || continue
-        export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$folder
-        for name in libcublas libcublasLt libnccl; do
-            file=$(find "$folder" -maxdepth 1 -name "$name.so*" | sort | tail -n 1)
-            [[ -z $file || -e $dir/lib/$name.so ]] || ln -s "$file" "$dir/lib/$name.so"
-        done
+        [[ ! -d $folder ]] || export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$folder
     done
-    export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$dir/lib
 }
 
 main() {
@@ -322,7 +328,7 @@ main() {
         CASES=${CASES:-llama_gqa}
         wanted=(limits parity tp tiny transformers-tiny lora-tiny)
     elif [[ $# -eq 0 ]]; then
-        wanted=(limits goldens parity tp 1.1b 7b transformers lora 13b)
+        wanted=(limits goldens parity tp sanitizer 1.1b 7b transformers lora 13b)
     fi
     row "farm" "$("$farm" --version)" "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2> /dev/null | head -n 1)"
     # Shares of the limits need them, also of an earlier call.
@@ -332,6 +338,7 @@ main() {
         case $name in
             limits) step "limits" limits ;;
             goldens) step "golden tests" golden_tests ;;
+            sanitizer) step "sanitizer" sanitizer ;;
             parity) step "parity" parity ;;
             tp) step "tensor parallel" tensor_parallel ;;
             transformers) step "transformers" transformers 7b ;;
