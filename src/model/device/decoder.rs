@@ -18,9 +18,9 @@ use crate::device::attention::{self, BLOCK_SIZE, Cache, Shape};
 use crate::device::linear::{Matrix, embed};
 use crate::device::{Array, Device, DeviceComm, Dtype, Graph, collectives, experts, ops};
 use crate::model::StepBatch;
-use crate::model::adapter::RowAdapters;
+use crate::model::adapter::{AdapterRows, RowAdapters};
 use crate::model::attention::Attention;
-use crate::model::decoder::{DecoderLayer, load_vocabulary};
+use crate::model::decoder::{DecoderLayer, load_vocabulary, wanted_rows};
 use crate::model::layers::{Loader, Norm, VocabParallel};
 use crate::model::ops::with_values;
 use crate::{Error, Result};
@@ -218,7 +218,7 @@ impl DeviceDecoder {
         self.make_room(&packed)?;
         let inputs = packed.send(&device, &self.buffers.integers)?;
         let shape = packed.shape;
-        let adapters = self.adapters(batch)?;
+        let adapters = self.groups(&RowAdapters::new(batch))?;
         if !self.can_be_captured(shape, &adapters) {
             self.launch(&inputs, shape, &adapters, Some(batch))?;
         } else if let Some(graph) = self.graphs.get(&shape) {
@@ -279,9 +279,9 @@ impl DeviceDecoder {
         Ok(())
     }
 
-    fn adapters(&self, batch: &StepBatch) -> Result<Vec<AdapterGroup>> {
-        let rows = RowAdapters::new(batch);
-        let group = |group: &crate::model::adapter::AdapterRows| {
+    /// The rows of each adapter, on the device.
+    fn groups(&self, rows: &RowAdapters) -> Result<Vec<AdapterGroup>> {
+        let group = |group: &AdapterRows| {
             let rows: Vec<i32> = group.rows.iter().map(|row| *row as i32).collect();
             Ok(AdapterGroup { adapter: group.adapter, rows: self.options.device.upload(&rows)? })
         };
@@ -324,7 +324,13 @@ impl DeviceDecoder {
         if shape.logits_rows == 0 {
             return Ok(());
         }
-        let among = self.adapters_among(batch, adapters)?;
+        // The adapters of those rows, by their places among them.
+        let among = match (batch, adapters.is_empty()) {
+            (Some(batch), false) => {
+                self.groups(&RowAdapters::new(batch).among(&wanted_rows(batch)))?
+            }
+            _ => Vec::new(),
+        };
         self.logits(inputs, &work, shape.logits_rows, &among)
     }
 
@@ -347,21 +353,6 @@ impl DeviceDecoder {
             comm.all_reduce_sum(device, &work.x)?;
         }
         Ok(())
-    }
-
-    /// The adapters of the rows whose logits are wanted, by their places among these.
-    fn adapters_among(
-        &self,
-        batch: Option<&StepBatch>,
-        adapters: &[AdapterGroup],
-    ) -> Result<Vec<AdapterGroup>> {
-        let (Some(batch), false) = (batch, adapters.is_empty()) else { return Ok(Vec::new()) };
-        let among = RowAdapters::new(batch).among(&crate::model::decoder::wanted_rows(batch));
-        let group = |group: &crate::model::adapter::AdapterRows| {
-            let rows: Vec<i32> = group.rows.iter().map(|row| *row as i32).collect();
-            Ok(AdapterGroup { adapter: group.adapter, rows: self.options.device.upload(&rows)? })
-        };
-        among.groups().iter().map(group).collect()
     }
 
     fn logits(
