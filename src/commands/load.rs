@@ -74,6 +74,9 @@ pub fn load(
     if let Some(num_blocks) = agree(world, num_blocks)? {
         let num_blocks = least(&**group, num_blocks);
         agree(world, runner.reserve_cache(num_blocks))?;
+        if world.rank() == 0 {
+            tracing::info!("the KV cache has room for {} tokens", num_blocks * BLOCK_SIZE);
+        }
     }
     if world.rank() == 0 {
         tracing::info!(

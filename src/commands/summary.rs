@@ -121,6 +121,7 @@ fn rank_stats(facts: &Facts) -> RankStats {
         weight_bytes: Some(phases.weight_bytes),
         owned_weight_bytes: Some(phases.owned_weight_bytes),
         checkpoint_bytes: Some(phases.checkpoint_bytes),
+        device_copied_bytes: facts.devices.on_device().then_some(phases.weight_bytes),
         staged_bytes: Some(if topology.is_node_leader() { copied } else { 0 }),
         disk_read_bytes: in_process(process::disk_read_bytes()),
         peak_resident_bytes: process::peak_resident_bytes(),

@@ -485,7 +485,8 @@ fn no_memory(bytes: usize, free: u64) -> Error {
     let mib = |bytes: u64| bytes >> 20;
     Error::input(format!(
         "the device has {} MiB free and {} MiB more are needed: use --tensor-parallel over more \
-         devices, --quantize, or a smaller --max-batch-size or --kv-cache-memory",
+         devices, --quantize, or a smaller --max-batched-tokens, --max-batch-size or \
+         --kv-cache-memory",
         mib(free),
         mib(bytes as u64)
     ))

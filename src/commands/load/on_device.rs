@@ -15,6 +15,7 @@ use crate::engine::{EngineConfig, Mode};
 use crate::model::checkpoint::StoredDtype;
 use crate::model::device::DeviceOptions;
 use crate::model::{Checkpoint, ModelRunner, Runner};
+use crate::stats::format;
 use crate::{Error, Result};
 
 /// Share of the device's free memory that the KV cache may take, where the flags do not say: the
@@ -170,7 +171,17 @@ pub fn num_blocks(
     // Not there yet: what choosing takes, and recorded work.
     let choosing = RowChooser::bytes_for(vocab_size, sequences, sequences) as u64;
     let free = decoder.device().free_bytes()? / devices.ranks_on_device() as u64;
-    let free = free.saturating_sub(choosing + RESERVED_BYTES);
+    let set_aside = choosing + RESERVED_BYTES;
+    if free <= set_aside {
+        return Err(Error::input(format!(
+            "{}: {} are free after loading, and tokens of {sequences} sequences are chosen in {}: \
+             a smaller --max-batch-size, --quantize, or --tensor-parallel over more devices",
+            decoder.device().properties().name,
+            format::memory(free),
+            format::memory(set_aside),
+        )));
+    }
+    let free = free - set_aside;
     let allowed = match job.model.kv_cache_memory {
         Some(flag) => flag.min(free),
         None => (free as f64 * KV_CACHE_SHARE) as u64,
