@@ -15,7 +15,9 @@ use farm::ErrorKind;
 use farm::comm::NoTensorComm;
 use farm::model::StepBatch;
 use farm::model::tokenizer::Tokenizer;
-use farm::model::{BatchSequence, Checkpoint, LoadOptions, LogitsWanted, ModelRunner, Runner};
+use farm::model::{
+    BatchSequence, Checkpoint, LoadOptions, LogitsWanted, ModelRunner, Preflight, Runner,
+};
 
 /// Refuses what no small file can need: an unchecked count shows as an abort.
 struct Bounded;
@@ -122,7 +124,10 @@ fn load(model: &Path) -> farm::Result<()> {
         return Ok(());
     }
     let options = LoadOptions { dtype: None, max_seq_len: 64, num_blocks, device: None };
-    let mut runner = ModelRunner::load(&checkpoint, &options, Arc::new(NoTensorComm))?;
+    let problem = Preflight::new(config, checkpoint.tensors())?.problem();
+    let runner = ModelRunner::load(&checkpoint, &options, Arc::new(NoTensorComm));
+    assert_eq!(problem.is_some(), runner.is_err(), "found before the load: {problem:?}");
+    let mut runner = runner?;
     let mut token_ids = tokenizer.encode("The cat — 東京", true)?;
     token_ids.retain(|&id| (id as usize) < runner.vocab_size());
     token_ids.truncate(40);

@@ -1,7 +1,7 @@
 //! `farm inspect`: what a model is, and the memory that it needs, from its headers alone.
 //!
-//! What farm cannot use is said beside what is known of it. Left out: whether every tensor
-//! that the family needs is there (a load says so), and activations.
+//! What farm cannot use is said beside what is known of it. Left out: the memory of
+//! activations.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::cli::{BatchLimits, InspectArgs};
 use crate::commands::{footprint, load, print};
-use crate::model::ModelConfig;
 use crate::model::checkpoint::{Contents, Format, StoredDtype};
-use crate::model::tokenizer::read_json;
+use crate::model::tokenizer::{Tokenizer, read_json};
+use crate::model::{ModelConfig, Preflight};
 use crate::stage::manifest::Manifest;
 use crate::stage::sources::ModelPaths;
 use crate::{Error, Result};
@@ -55,6 +55,9 @@ pub struct Inspection {
     /// Every tensor, where asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tensors: Option<Vec<TensorInfo>>,
+    /// Tensors that farm does not read, if there are some.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unused: Option<Unused>,
     /// Why farm cannot run it; empty if it can.
     pub problems: Vec<String>,
 }
@@ -133,6 +136,22 @@ pub struct TensorInfo {
     pub file: String,
 }
 
+/// Tensors of the files that a load does not read: another part of a multimodal model, say.
+#[derive(Debug, Serialize)]
+pub struct Unused {
+    /// How many.
+    pub tensors: usize,
+    /// The first of them by name.
+    pub examples: Vec<String>,
+}
+
+impl Unused {
+    fn of(names: &[String]) -> Option<Self> {
+        let examples = names.iter().take(3).cloned().collect();
+        (!names.is_empty()).then_some(Self { tensors: names.len(), examples })
+    }
+}
+
 /// Prints what is known of the model.
 ///
 /// # Errors
@@ -157,10 +176,24 @@ fn inspect(args: &InspectArgs) -> Result<Inspection> {
     let contents = Contents::open(&manifest.in_place.model)?;
     let mut problems = Vec::new();
     let config = config(&contents, &mut problems);
+    let is_read = problems.is_empty();
     let given = manifest.in_place.tokenizer.as_deref();
-    let tokenizer = tokenizer(&contents, given).map_err(|error| problems.push(error.message)).ok();
-    if problems.is_empty() {
-        problems.extend(unreadable_weights(&contents));
+    let vocab_size = config.as_ref().map(|config| config.vocab_size);
+    let tokenizer = match load::tokenizer(&contents, given) {
+        Ok(tokenizer) => {
+            let fits = vocab_size.map_or(Ok(()), |vocab_size| tokenizer.check_fits(vocab_size));
+            problems.extend(fits.err().map(|error| error.message));
+            tokenizer_info(&tokenizer, &contents, given)
+        }
+        Err(error) => Err(error),
+    };
+    let tokenizer = tokenizer.map_err(|error| problems.push(error.message)).ok();
+    let mut unused = None;
+    // Of weights in a form that is not read, the names tell nothing.
+    if let (Some(config), true) = (&config, is_read) {
+        let preflight = Preflight::new(config, &contents.tensors)?;
+        problems.extend(preflight.problem());
+        unused = Unused::of(preflight.unused());
     }
     let files = weight_files(&contents)?;
     Ok(Inspection {
@@ -174,11 +207,12 @@ fn inspect(args: &InspectArgs) -> Result<Inspection> {
         dtypes: dtypes(&contents),
         quantization: quantization(&contents),
         context_length: config.as_ref().map(ModelConfig::max_context),
-        vocab_size: config.as_ref().map(|config| config.vocab_size),
+        vocab_size,
         tokenizer,
         batch_size: BatchLimits::ON_CPU.sequences,
         memory: config.as_ref().map(|config| memory(config, &contents)).unwrap_or_default(),
         tensors: args.tensors.then(|| tensors(&contents)),
+        unused,
         problems,
         model: manifest.in_place.model,
     })
@@ -213,26 +247,6 @@ fn family(contents: &Contents) -> Option<String> {
         return metadata.str("general.architecture").map(str::to_owned);
     }
     raw_config(contents)?.get("model_type")?.as_str().map(str::to_owned)
-}
-
-/// Weights of a type that farm does not read. (Other tensors of such types are no weights:
-/// positions, masks.)
-fn unreadable_weights(contents: &Contents) -> Option<String> {
-    let mut unreadable: Vec<_> = contents
-        .tensors
-        .iter()
-        .filter(|(name, tensor)| {
-            name.ends_with(".weight") && matches!(tensor.dtype, StoredDtype::Other(_))
-        })
-        .collect();
-    unreadable.sort_by_key(|(name, _)| *name);
-    let (name, tensor) = unreadable.first()?;
-    let file = tensor.files().first().map(|file| file_name(contents, *file)).unwrap_or_default();
-    Some(format!(
-        "{file}: tensor {name} has type {}, which is not supported ({} tensors)",
-        tensor.dtype.name(),
-        unreadable.len()
-    ))
 }
 
 fn weight_files(contents: &Contents) -> Result<Vec<FileInfo>> {
@@ -288,8 +302,11 @@ fn quantization(contents: &Contents) -> Option<String> {
     dtypes(contents).into_iter().map(|share| share.dtype).find(|d| names.contains(&d.as_str()))
 }
 
-fn tokenizer(contents: &Contents, given: Option<&Path>) -> Result<TokenizerInfo> {
-    let tokenizer = load::tokenizer(contents, given)?;
+fn tokenizer_info(
+    tokenizer: &Tokenizer,
+    contents: &Contents,
+    given: Option<&Path>,
+) -> Result<TokenizerInfo> {
     let token = |id: u32| Token { id, token: tokenizer.id_to_token(id) };
     Ok(TokenizerInfo {
         kind: tokenizer_kind(contents, given),

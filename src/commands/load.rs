@@ -18,9 +18,10 @@ use crate::engine::{Guides, Mode, TokenDecoder};
 use crate::kernels::attention::BLOCK_SIZE;
 use crate::model::checkpoint::Contents;
 use crate::model::tokenizer::Tokenizer;
-use crate::model::{Adapter, Checkpoint, LoadOptions, ModelRunner, Runner};
+use crate::model::{Adapter, Checkpoint, LoadOptions, ModelRunner, Preflight, Runner};
 use crate::prompts::{AdapterNames, ChatTemplate, Defaults, Preparer};
 use crate::slurm::memory_for_rank;
+use crate::stage::sources::ModelPaths;
 use crate::stats::format;
 use crate::{Error, stage};
 
@@ -143,6 +144,35 @@ fn open(staged: &stage::Staged, job: &Job, plan: &RunPlan) -> Result<Opened> {
     let tokenizer = Arc::new(tokenizer(contents, given)?);
     let adapters = Adapter::open_all(&job.model.adapter, checkpoint.config())?;
     Ok(Opened { checkpoint, tokenizer, template, adapters })
+}
+
+/// A model of which a load finds everything, and a tokenizer that belongs to it. Headers are all
+/// that is read, so that what is wrong shows before the model is staged.
+///
+/// # Errors
+/// Input errors that name the file, tensor or tokenizer.
+pub fn usable(paths: &ModelPaths) -> Result<Checkpoint> {
+    let checkpoint = whole(&paths.model)?;
+    let tokenizer = tokenizer(checkpoint.contents(), paths.tokenizer.as_deref())?;
+    tokenizer.check_fits(checkpoint.config().vocab_size)?;
+    Ok(checkpoint)
+}
+
+/// A model that has every tensor that its configuration asks for.
+///
+/// # Errors
+/// Input errors that name the file, and the first tensors that are missing or another model's.
+pub fn whole(model: &Path) -> Result<Checkpoint> {
+    let checkpoint = Checkpoint::open(model)?;
+    let preflight = Preflight::new(checkpoint.config(), checkpoint.tensors())?;
+    if let Some(problem) = preflight.problem() {
+        return Err(Error::input(format!("--model {}: {problem}", model.display())));
+    }
+    if let unused @ [_, ..] = preflight.unused() {
+        let some = unused.iter().take(3).map(String::as_str).collect::<Vec<_>>().join(", ");
+        tracing::info!("{} tensors of the model are not used: {some} …", unused.len());
+    }
+    Ok(checkpoint)
 }
 
 /// The tokenizer at `given`, else the model's own.

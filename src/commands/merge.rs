@@ -14,12 +14,13 @@ use std::path::{Path, PathBuf};
 use half::{bf16, f16};
 
 use crate::cli::{Dtype, MergeArgs};
+use crate::commands::load;
 use crate::error::say;
 use crate::files::{sync_folder, with_suffix};
 use crate::kernels::quant::quantize_rows;
+use crate::model::Adapter;
 use crate::model::adapter::merge::Merge;
 use crate::model::checkpoint::{Format, StoredDtype};
-use crate::model::{Adapter, Checkpoint};
 use crate::stage::sources::resolved;
 use crate::{Error, Result};
 
@@ -35,7 +36,7 @@ const VALUES_AT_ONCE: usize = 8 << 20;
 /// Input errors: a model or an adapter that cannot be read or do not belong together, an
 /// output that exists or whose form is another than the model's. A fault of the file system.
 pub fn run(args: &MergeArgs) -> Result<()> {
-    let base = Checkpoint::open(&resolved(&args.model)?)?;
+    let base = load::whole(&resolved(&args.model)?)?;
     let adapter = Adapter::open(&args.adapter, base.config())?;
     let merge = Merge::new(&adapter, &base)?;
     check_output(&args.output, base.files().format)?;

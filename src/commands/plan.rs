@@ -355,11 +355,10 @@ fn is_finished(job: &Job, session: &Session) -> bool {
         && !(job.retry && errors > 0)
 }
 
-/// Reads what a load would stumble over: configuration, headers, tokenizer, adapters.
+/// Reads what a load would stumble over: configuration, tensors, tokenizer, adapters.
 fn open_checkpoint(job: &Job, manifest: &Manifest) -> Result<Checkpoint> {
-    let checkpoint = Checkpoint::open(&manifest.in_place.model)?;
+    let checkpoint = load::usable(&manifest.in_place)?;
     checkpoint.config().check_tensor_parallel(job.parallelism.tensor_parallel)?;
-    load::tokenizer(checkpoint.contents(), manifest.in_place.tokenizer.as_deref())?;
     Adapter::open_all(&job.model.adapter, checkpoint.config())?;
     Ok(checkpoint)
 }

@@ -5,7 +5,6 @@ use crate::cli::StageCommandArgs;
 use crate::comm::{Topology, agree};
 use crate::commands::launch::Rank;
 use crate::commands::{load, print};
-use crate::model::Checkpoint;
 use crate::stage::manifest::Manifest;
 use crate::stage::sources::ModelPaths;
 use crate::stage::{StageOptions, Staged, stage};
@@ -21,19 +20,13 @@ pub fn run(args: &StageCommandArgs, rank: &Rank) -> Result<i32> {
     let options = StageOptions { keep: true, ..StageOptions::new(sources, &args.stage_dir) };
     // A model that cannot run is not worth its copies.
     let first = rank.world.rank() == 0;
-    let usable = first.then(|| usable(&options.sources)).transpose();
-    agree(&*rank.world, usable.map(drop))?;
+    let usable = first.then(|| load::usable(&Manifest::read(&options.sources)?.in_place));
+    agree(&*rank.world, usable.transpose().map(drop))?;
     let staged = stage(&topology, &options)?;
     let line = summary(&staged, topology.num_nodes);
     staged.finish(&topology);
     let printed = if rank.world.rank() == 0 { print(&line) } else { Ok(()) };
     agree(&*rank.world, printed).map(|()| 0)
-}
-
-fn usable(sources: &ModelPaths) -> Result<()> {
-    let paths = Manifest::read(sources)?.in_place;
-    let checkpoint = Checkpoint::open(&paths.model)?;
-    load::tokenizer(checkpoint.contents(), paths.tokenizer.as_deref()).map(drop)
 }
 
 fn summary(staged: &Staged, num_nodes: usize) -> String {

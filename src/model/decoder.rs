@@ -3,7 +3,7 @@
 
 use candle_core::Tensor;
 
-use super::attention::Attention;
+use super::attention::{Attention, GroupedQkv};
 use super::batch::{LogitsWanted, StepBatch};
 use super::config::{Block, ModelConfig};
 use super::kv_cache::{KvCache, LayerCache};
@@ -57,7 +57,7 @@ impl Decoder {
         let embed_tokens = embed_tokens.with_embedding_adapters(l)?;
         let lm_head = lm_head.with_logits_adapters(l)?;
         let layers = (0..config.num_hidden_layers)
-            .map(|i| DecoderLayer::load(l, config, i))
+            .map(|i| DecoderLayer::load(l, config, i, GroupedQkv::AsStored))
             .collect::<Result<_>>()?;
         Ok(Self {
             heads: Attention::heads(config, l.comm.size()),
@@ -122,7 +122,7 @@ pub fn load_vocabulary(l: &Loader) -> Result<(VocabParallel, VocabParallel)> {
     let shape = [config.vocab_size, config.hidden_size];
     let embed_tokens = VocabParallel::load(l, names.embed_tokens, shape)?;
     // Some tied checkpoints carry the output projection all the same.
-    let has_head = l.source.tensors().contains(&format!("{}.weight", names.lm_head));
+    let has_head = l.source.contains(&format!("{}.weight", names.lm_head));
     let lm_head = if config.tie_word_embeddings && !has_head {
         embed_tokens.tied()
     } else {
@@ -149,7 +149,12 @@ pub(super) fn wanted_rows(batch: &StepBatch) -> Vec<usize> {
 
 impl DecoderLayer {
     /// Loads this rank's share of layer `layer`.
-    pub(super) fn load(l: &Loader, config: &ModelConfig, layer: usize) -> Result<Self> {
+    pub(super) fn load(
+        l: &Loader,
+        config: &ModelConfig,
+        layer: usize,
+        grouped: GroupedQkv,
+    ) -> Result<Self> {
         let names = config.names;
         let norm = |name: &str| Norm::load(l, config, &at(name, layer), config.hidden_size);
         let optional = |wanted: bool, name: &str| wanted.then(|| norm(name)).transpose();
@@ -157,7 +162,7 @@ impl DecoderLayer {
         Ok(Self {
             block: config.block,
             input_norm: norm(names.input_norm)?,
-            attention: Attention::load(l, config, layer)?,
+            attention: Attention::load(l, config, layer, grouped)?,
             post_attention_norm: optional(post, names.post_norms[0])?,
             mlp_norm: optional(config.block != Block::Parallel, names.mlp_norm)?,
             mlp: FeedForward::load(l, config, layer)?,
@@ -197,3 +202,7 @@ fn post_normed(norm: &Option<Norm>, x: Vec<f32>) -> Result<Vec<f32>> {
         None => x,
     })
 }
+
+#[cfg(test)]
+#[path = "decoder_tests.rs"]
+mod tests;

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use super::adapter::{Adapter, Deltas, EmbeddingDeltas, Layer, RowAdapters};
-use super::checkpoint::Checkpoint;
+use super::checkpoint::Source;
 use super::config::{ModelConfig, NormKind};
 use super::names::{Names, Place};
 use super::ops;
@@ -24,10 +24,10 @@ use crate::kernels::backward;
 use crate::kernels::ops as kernel;
 use crate::kernels::quant::QuantType;
 
-/// What layers need to load their share: the checkpoint, and the rank's place.
+/// What layers need to load their share: the model's tensors, and the rank's place.
 pub struct Loader<'a> {
     /// The checkpoint.
-    pub source: &'a Checkpoint,
+    pub source: &'a dyn Source,
     /// The tensor-parallel group.
     pub comm: Arc<dyn TensorComm>,
     /// What matrices become; `None` keeps the checkpoint's own.
@@ -52,12 +52,7 @@ impl Loader<'_> {
     /// # Errors
     /// See [`TensorTable::matrix`](super::checkpoint::TensorTable::matrix).
     pub fn matrix(&self, place: &Place, width: usize, cols: Range<usize>) -> Result<Weight> {
-        self.source.tensors().matrix(
-            place,
-            width,
-            cols,
-            self.dtype.and_then(|d| for_width(d, width)),
-        )
+        self.source.matrix(place, width, cols, self.dtype.and_then(|d| for_width(d, width)))
     }
 
     /// The bias at `place`.
@@ -65,11 +60,7 @@ impl Loader<'_> {
     /// # Errors
     /// See [`TensorTable::vector`](super::checkpoint::TensorTable::vector).
     pub fn bias(&self, place: &Place) -> Result<Vec<f32>> {
-        self.source.tensors().vector(
-            &format!("{}.bias", place.name),
-            place.stored_rows,
-            &place.rows,
-        )
+        self.source.vector(&format!("{}.bias", place.name), place.stored_rows, &place.rows)
     }
 }
 
@@ -103,11 +94,7 @@ impl Norm {
     /// See [`TensorTable::vector`](super::checkpoint::TensorTable::vector).
     pub fn load(l: &Loader, config: &ModelConfig, name: &str, width: usize) -> Result<Self> {
         let vector = |part: &str| {
-            l.source.tensors().vector(
-                &format!("{name}.{part}"),
-                width,
-                std::slice::from_ref(&(0..width)),
-            )
+            l.source.vector(&format!("{name}.{part}"), width, std::slice::from_ref(&(0..width)))
         };
         let mut weight = vector("weight")?;
         if config.norm == NormKind::RmsPlusOne {
@@ -290,7 +277,7 @@ impl VocabParallel {
             dtype => dtype,
         };
         let dtype = dtype.and_then(|d| for_width(d, shape[1]));
-        let weight = l.source.tensors().matrix(&place, shape[1], 0..shape[1], dtype)?;
+        let weight = l.source.matrix(&place, shape[1], 0..shape[1], dtype)?;
         Ok(Self {
             weight: Arc::new(weight),
             ids,

@@ -109,7 +109,7 @@ fn load_experts(
     let n = experts.num_experts;
     let router_place = |names: &Names| Place::new(at(names.router, layer), n, 0..n);
     // Its scores choose: it keeps the precision that it has.
-    let router = l.source.tensors().matrix(&l.base(&router_place), hidden, 0..hidden, None)?;
+    let router = l.source.matrix(&l.base(&router_place), hidden, 0..hidden, None)?;
     let router = ColumnParallelLinear::of_weight(l, &router_place, router)?;
     let whole = |part: usize, expert: usize| {
         let (rows, width) = if part == 2 { (hidden, inner) } else { (inner, hidden) };

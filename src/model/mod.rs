@@ -14,6 +14,7 @@ pub mod mlp;
 pub mod moe;
 pub mod names;
 pub mod ops;
+pub mod preflight;
 pub mod rope;
 pub mod runner;
 pub mod sampling;
@@ -25,6 +26,7 @@ pub use adapter::{Adapter, AdapterSource};
 pub use batch::{BatchSequence, LogitsWanted, StepBatch};
 pub use checkpoint::Checkpoint;
 pub use config::ModelConfig;
+pub use preflight::Preflight;
 pub use runner::{LoadOptions, ModelRunner};
 pub use sampling::{
     Draw, LogitsError, Logprobs, MAX_TOP_LOGPROBS, Penalties, RowChoice, RowChoices, RowSampling,

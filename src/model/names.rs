@@ -234,6 +234,26 @@ impl Qkv {
     }
 }
 
+impl Qkv {
+    /// The same rows one KV head after another: its queries, its key, its value. That is how
+    /// [`Qkv::Grouped`] has them, in one piece; all lie in one tensor.
+    pub fn place_by_group(
+        &self,
+        layer: usize,
+        shape: [usize; 3],
+        heads: Range<usize>,
+        kv_heads: Range<usize>,
+    ) -> Place {
+        let group = heads.len() / kv_heads.len().max(1);
+        let parts = kv_heads.clone().flat_map(|kv| {
+            let first = heads.start + (kv - kv_heads.start) * group;
+            self.places(layer, shape, first..first + group, kv..kv + 1)
+        });
+        let all = parts.reduce(Place::and);
+        all.unwrap_or_else(|| Place::new(String::new(), 0, 0..0))
+    }
+}
+
 impl GateUp {
     /// Where the inner features `share` of the `inner` of a layer lie: gate, if there is one,
     /// and up.
@@ -298,5 +318,18 @@ mod tests {
         let all = Qkv::Grouped("l.{}.a").places(3, shape, 0..4, 0..2);
         assert_eq!(all[0].rows, [0..16, 32..48]);
         assert_eq!((all[0].name.as_str(), all[0].len(), all[1].len()), ("l.3.a", 32, 16));
+    }
+
+    #[test]
+    fn by_group_the_rows_of_a_grouped_tensor_are_one_piece() {
+        let (shape, grouped) = ([4, 2, 8], Qkv::Grouped("l.{}.a"));
+        let whole = grouped.place_by_group(3, shape, 0..4, 0..2);
+        assert_eq!(whole, Place::new("l.3.a".into(), 64, 0..64));
+        let last = grouped.place_by_group(3, shape, 2..4, 1..2);
+        assert_eq!(last, Place::new("l.3.a".into(), 64, 32..64));
+        // Half a group's queries, and the key and value that two ranks share.
+        assert_eq!(grouped.place_by_group(3, shape, 2..3, 1..2).rows, [32..40, 48..64]);
+        let concatenated = Qkv::Concatenated("a").place_by_group(3, shape, 0..4, 0..2);
+        assert_eq!(concatenated.rows, [0..16, 32..40, 48..56, 16..32, 40..48, 56..64]);
     }
 }

@@ -61,19 +61,6 @@ pub fn gated(act: Activation, gate: &[f32], up: &[f32], cols: usize) -> Result<T
     from_values(out, cols)
 }
 
-/// `act(x)` of these values, `cols` features a row.
-pub fn activate(act: Activation, mut x: Vec<f32>, cols: usize) -> Result<Tensor> {
-    kernel::activate(act, &mut x);
-    from_values(x, cols)
-}
-
-/// `factor * x` (embedding, residual and logit multipliers).
-pub fn scale(x: &Tensor, factor: f32) -> Result<Tensor> {
-    let mut out = with_values(x, <[f32]>::to_vec)?;
-    kernel::scale(&mut out, factor);
-    from_values(out, x.dim(1)?)
-}
-
 /// The rows `rows` of `x`, in that order.
 pub fn select_rows(x: &Tensor, rows: &[usize]) -> Result<Tensor> {
     let cols = x.dim(1)?;

@@ -141,11 +141,10 @@ struct LayerRest {
 }
 
 impl Layer {
-    /// Loads layer `layer`.
+    /// Loads layer `layer` of a model that [`check_trains`](super::model::check_trains) allows.
     ///
     /// # Errors
-    /// See [`crate::model::checkpoint::TensorTable::matrix`]; experts, which farm does not
-    /// train.
+    /// See [`crate::model::checkpoint::TensorTable::matrix`].
     pub fn load(b: &mut Builder, layer: usize) -> Result<Self> {
         let (l, model) = (b.loader, b.loader.source.config());
         let names = model.names;
@@ -456,7 +455,6 @@ impl Projections {
             });
             return Ok(Self::Each(each.into_iter().collect::<Result<_>>()?));
         }
-        check_fused(model, !matches!(model.names.qkv, Qkv::Split(_)))?;
         let all = |names: &Names| {
             let [q, k, v] = places(names);
             q.and(k).and(v)
@@ -477,7 +475,6 @@ impl Projections {
             GateUp::Up(_) => Self::Each(vec![b.linear(&up, kind())?]),
             GateUp::Split(_) => Self::Each(vec![b.linear(&gate, kind())?, b.linear(&up, kind())?]),
             GateUp::Concatenated(_) => {
-                check_fused(model, matches!(model.names.gate_up, GateUp::Concatenated(_)))?;
                 let both = |names: &Names| gate(names).and(up(names));
                 Self::Fused(Box::new(b.linear(&both, kind())?), vec![share.len(); 2])
             }
@@ -528,17 +525,6 @@ impl Projections {
     }
 }
 
-fn check_fused(model: &ModelConfig, is_fused: bool) -> Result<()> {
-    if is_fused {
-        return Ok(());
-    }
-    Err(Error::input(format!(
-        "this form of a {} model keeps apart what its adapters take as one matrix; train on its \
-         Hugging Face form",
-        model.model_type
-    )))
-}
-
 fn three(outputs: Vec<Vec<f32>>) -> [Vec<f32>; 3] {
     outputs.try_into().unwrap_or_else(|_| unreachable!("queries, keys and values"))
 }
@@ -584,13 +570,6 @@ impl Mlp {
     fn load(b: &mut Builder, layer: usize) -> Result<Self> {
         let l = b.loader;
         let model = l.source.config();
-        if model.experts.as_ref().is_some_and(|experts| !experts.dense_layers.contains(&layer)) {
-            return Err(Error::input(format!(
-                "farm finetune does not train {} models: gradients do not go through routed \
-                 experts yet",
-                model.model_type
-            )));
-        }
         let (hidden, inner) = (model.hidden_size, model.intermediate_size);
         let share = l.share(inner);
         let gate_up = Projections::load_gate_up(b, layer, share.clone())?;

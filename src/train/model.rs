@@ -21,6 +21,7 @@ use crate::model::adapter::modules::{Role, modules};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::load_vocabulary;
 use crate::model::layers::{Loader, Norm, VocabParallel};
+use crate::model::names::{GateUp, Qkv};
 use crate::model::ops;
 use crate::model::step::{Rotations, Step};
 use crate::{Error, Result};
@@ -113,7 +114,7 @@ impl TrainedModel {
         place: Option<&Place>,
     ) -> Result<Self> {
         let model = l.source.config();
-        check_split(model, l.comm.size())?;
+        check_trains(model, l.comm.size())?;
         let targets = targets(model, config)?;
         let parameters = Parameters::default();
         let mut b = Builder { loader: l, config, targets, seed, parameters };
@@ -408,11 +409,31 @@ fn add_whole(
     id
 }
 
-/// A rank must have KV heads of its own: shared ones would have their gradients in parts.
+/// Whether a model can be trained on a tensor-parallel group of `size`. A rank must have KV heads
+/// of its own: shared ones would have their gradients in parts.
 ///
 /// # Errors
-/// An input error with the sizes that work.
-pub fn check_split(model: &ModelConfig, size: usize) -> Result<()> {
+/// An input error: the sizes that work; routed experts; a form that keeps apart what the
+/// family's adapters take as one matrix.
+pub fn check_trains(model: &ModelConfig, size: usize) -> Result<()> {
+    let mut layers = 0..model.num_hidden_layers;
+    if model.experts.as_ref().is_some_and(|e| layers.any(|i| !e.dense_layers.contains(&i))) {
+        return Err(Error::input(format!(
+            "farm finetune does not train {} models: gradients do not go through routed experts \
+             yet",
+            model.model_type
+        )));
+    }
+    let (own, hf) = (&model.names, &model.hf_names);
+    let splits_qkv = matches!(own.qkv, Qkv::Split(_)) && !matches!(hf.qkv, Qkv::Split(_));
+    let is_fused = |gate_up: &GateUp| matches!(gate_up, GateUp::Concatenated(_));
+    if splits_qkv || (is_fused(&hf.gate_up) && !is_fused(&own.gate_up)) {
+        return Err(Error::input(format!(
+            "this form of a {} model keeps apart what its adapters take as one matrix; train on \
+             its Hugging Face form",
+            model.model_type
+        )));
+    }
     model.check_tensor_parallel(size)?;
     let kv_heads = model.num_key_value_heads;
     if size > kv_heads && model.local_heads(size) < model.num_attention_heads {

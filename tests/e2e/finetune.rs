@@ -208,6 +208,28 @@ fn what_cannot_be_trained_is_refused_once() {
     }
 }
 
+/// Before anything is written: an adapter's directory that a refused run has begun would be in
+/// the way of the next.
+#[test]
+fn a_model_that_cannot_be_trained_leaves_no_directory() {
+    let scratch = Scratch::new();
+    let another = golden("tokenizers/json_llama3/tokenizer.json");
+    let cases = [
+        ("--model", golden("mixtral"), "routed experts"),
+        ("--model", golden("gguf/qwen3_moe.gguf"), "routed experts"),
+        ("--model", golden("gguf/llama_lora.gguf"), "llama_lora.gguf"),
+        ("--tokenizer", another, "another model's tokenizer"),
+        ("--target-modules", "no_such_proj".into(), "no_such_proj"),
+    ];
+    for (number, (flag, value, what)) in cases.into_iter().enumerate() {
+        let training = Training::new(&scratch, &number.to_string(), Launch::Alone);
+        let training = training.flag(flag, value);
+        let ended = training.farm.ends_with(3);
+        assert!(ended.stderr.contains(what), "names {what}: {}", ended.stderr);
+        assert!(!training.dir.exists(), "{}", training.dir.display());
+    }
+}
+
 /// Draws for the moments at which a run is disturbed (xorshift64*).
 struct Draws(u64);
 

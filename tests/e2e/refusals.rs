@@ -14,7 +14,7 @@ const HEADER_BYTES: u64 = 8;
 type Damage = fn(&Path);
 
 /// Ways to spoil a model, and what the message must name.
-const DAMAGES: [(&str, Damage, &str); 8] = [
+const DAMAGES: [(&str, Damage, &str); 11] = [
     ("no model", |model| fs::remove_dir_all(model).unwrap(), "model"),
     ("no config", |model| fs::remove_file(model.join("config.json")).unwrap(), "config.json"),
     (
@@ -31,6 +31,34 @@ const DAMAGES: [(&str, Damage, &str); 8] = [
     ("huge header", |model| overwrite(&shard(model, 2), 0, &[0xff; 8]), "00002-of"),
     ("truncated shard", |model| truncate(&shard(model, 3)), "00003-of"),
     ("missing shard", |model| fs::remove_file(shard(model, 4)).unwrap(), "00004-of"),
+    (
+        "missing tensor",
+        |model| {
+            for number in 1..=4 {
+                replace(&shard(model, number), "layers.1.mlp.up_proj", "layers.1.mlp.ip_proj");
+            }
+        },
+        "tensor model.layers.1.mlp.up_proj.weight is missing (there is model.layers.1.mlp.ip_proj",
+    ),
+    (
+        "another model's shape",
+        |model| {
+            replace(
+                &model.join("config.json"),
+                "\"num_key_value_heads\": 4",
+                "\"num_key_value_heads\": 2",
+            )
+        },
+        "self_attn.k_proj.weight has shape",
+    ),
+    (
+        "another model's tokenizer",
+        |model| {
+            let larger = golden("tokenizers/json_llama3/tokenizer.json");
+            fs::copy(larger, model.join("tokenizer.json")).map(drop).unwrap();
+        },
+        "is it another model's tokenizer",
+    ),
 ];
 
 fn shard(model: &Path, number: usize) -> PathBuf {
@@ -41,6 +69,16 @@ fn overwrite(file: &Path, offset: u64, bytes: &[u8]) {
     use std::os::unix::fs::FileExt;
     let file = fs::OpenOptions::new().write(true).open(file).expect("a shard");
     file.write_all_at(bytes, offset).expect("a write");
+}
+
+/// Puts `to` for each `from` of the same length.
+fn replace(file: &Path, from: &str, to: &str) {
+    let mut bytes = fs::read(file).expect("a file");
+    let starts: Vec<usize> = (0..bytes.len() - from.len())
+        .filter(|at| bytes[*at..].starts_with(from.as_bytes()))
+        .collect();
+    starts.iter().for_each(|at| bytes[*at..*at + to.len()].copy_from_slice(to.as_bytes()));
+    fs::write(file, bytes).expect("a write");
 }
 
 fn truncate(file: &Path) {

@@ -22,7 +22,7 @@ use crate::stage::manifest::Manifest;
 use crate::train::adamw::AdamW;
 use crate::train::data::{BatchConfig, Batches, Dataset, Formatting, mark_generation};
 use crate::train::lora::LoraConfig;
-use crate::train::model::{check_split, targets};
+use crate::train::model::{check_trains, targets};
 use crate::train::schedule::{Schedule, ScheduleKind};
 use crate::train::trainer::Optimisation;
 use crate::{Error, Result};
@@ -107,10 +107,9 @@ pub fn plan(
     start: Instant,
 ) -> Result<(Vec<Plan>, Membership)> {
     let manifest = Manifest::read(&sources(&args.model))?;
-    let checkpoint = Checkpoint::open(&manifest.in_place.model)?;
+    let checkpoint = load::usable(&manifest.in_place)?;
     let model = checkpoint.config();
-    check_split(model, args.parallelism.tensor_parallel)?;
-    load::tokenizer(checkpoint.contents(), manifest.in_place.tokenizer.as_deref())?;
+    check_trains(model, args.parallelism.tensor_parallel)?;
     let context = model.max_context();
     let max_seq_len = match args.data.max_seq_len {
         Some(n) if n > context => {

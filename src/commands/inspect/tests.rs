@@ -139,15 +139,28 @@ fn what_farm_cannot_run_is_said_beside_what_is_known() {
 
 #[test]
 fn weights_of_a_type_that_is_not_read_are_named() {
-    use safetensors::{Dtype, serialize, tensor::TensorView};
+    use safetensors::{Dtype, SafeTensors, serialize, tensor::TensorView};
     let dir = with_config(json!({}));
-    let bytes = [0; 6];
-    let view = |dtype| TensorView::new(dtype, vec![2, 3], &bytes).unwrap();
-    let tensors = [("x.weight", view(Dtype::F8_E4M3)), ("positions", view(Dtype::U8))];
-    fs::write(dir.path().join("model.safetensors"), serialize(tensors, None).unwrap()).unwrap();
-    let problems = look(dir.path(), None).problems;
-    assert!(problems[0].contains("model.safetensors: tensor x.weight has type F8"), "{problems:?}");
-    assert!(problems[0].ends_with("(1 tensors)"), "{problems:?}");
+    let path = dir.path().join("model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    let norm = [0; 64];
+    let mut tensors = SafeTensors::deserialize(&bytes).unwrap().tensors();
+    for (name, view) in &mut tensors {
+        if name == "model.norm.weight" {
+            *view = TensorView::new(Dtype::F8_E4M3, vec![64], &norm).unwrap();
+        }
+    }
+    for name in ["vision.positions", "model.layers.0.self_attn.rotary_emb.inv_freq"] {
+        tensors.push((name.into(), TensorView::new(Dtype::U8, vec![64], &norm).unwrap()));
+    }
+    fs::write(&path, serialize(tensors, None).unwrap()).unwrap();
+    let inspection = look(dir.path(), None);
+    let problem = "tensor model.norm.weight has type F8_E4M3, which is not supported";
+    assert!(inspection.problems[0].starts_with(problem), "{:?}", inspection.problems);
+    let unused = inspection.unused.as_ref().unwrap();
+    assert_eq!((unused.tensors, &unused.examples[..]), (1, &["vision.positions".to_owned()][..]));
+    let text = text::render(&inspection);
+    assert!(text.contains("not used       1 tensor: vision.positions\n"), "{text}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! An inspection as people read it.
 
-use super::{Inspection, RankMemory, TensorInfo, Token, TokenizerInfo};
+use super::{Inspection, RankMemory, TensorInfo, Token, TokenizerInfo, Unused};
 use crate::model::ModelConfig;
 use crate::model::config::{Block, NormKind, Positions, RopeConfig, RopeScaling};
 use crate::stats::format::{bytes, count, memory, percent, plural};
@@ -48,6 +48,11 @@ fn rows(inspection: &Inspection) -> Vec<(&'static str, String)> {
     known("vocabulary", inspection.vocab_size.map(|n| count(n as u64)));
     if let Some(tokenizer) = &inspection.tokenizer {
         rows.extend(tokenizer_rows(tokenizer));
+    }
+    if let Some(Unused { tensors, examples }) = &inspection.unused {
+        let more = if *tensors > examples.len() { ", …" } else { "" };
+        let tensors = plural(*tensors as u64, "tensor");
+        rows.push(("not used", format!("{tensors}: {}{more}", examples.join(", "))));
     }
     rows.extend(inspection.problems.iter().map(|problem| ("not usable", problem.clone())));
     rows

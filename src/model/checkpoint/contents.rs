@@ -95,7 +95,7 @@ impl Contents {
             return config.map_err(|e| e.context(first(&self.files)));
         }
         let Some(params) = &self.params else { return ModelConfig::from_dir(&self.files.dir) };
-        let config = meta::hf_config(params, |name| self.tensors.shape(name), None)
+        let config = meta::hf_config(params, |name| self.tensors.shape(name))
             .and_then(ModelConfig::from_json)
             .map_err(|e| e.context(self.files.dir.join("params.json").display()))?;
         Ok(ModelConfig { names: META, ..config.with_interleaved_pairs() })

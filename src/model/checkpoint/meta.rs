@@ -253,20 +253,16 @@ fn wrong(key: &str) -> Error {
 }
 
 /// `params.json` in HF's config.json form (`model_type` "llama"). `shapes` gives the shapes of
-/// [`merge`]'s tensors by name; `tokenizer_vocab` is the number of the tokenizer's tokens.
+/// [`merge`]'s tensors by name.
 ///
 /// Width of the MLP and the vocabulary are those of the weights, and must be what
-/// `params.json` and the tokenizer say. Token ids of begin and end are set for Llama 3's
+/// `params.json` says; whether the tokenizer fits them is seen where it is opened. Token ids of begin and end are set for Llama 3's
 /// vocabulary only; other tokenizers name theirs.
 ///
 /// # Errors
 /// Input errors that name the key or tensor: missing, out of range, not supported,
-/// contradicted by the weights or the tokenizer.
-pub fn hf_config(
-    params: &Value,
-    shapes: impl Fn(&str) -> Option<Vec<usize>>,
-    tokenizer_vocab: Option<usize>,
-) -> Result<Value> {
+/// contradicted by the weights.
+pub fn hf_config(params: &Value, shapes: impl Fn(&str) -> Option<Vec<usize>>) -> Result<Value> {
     let params = Params::parse(params)?;
     let rows = |name: &str| match shapes(name).as_deref() {
         Some([rows, _]) => Ok(*rows),
@@ -282,14 +278,6 @@ pub fn hf_config(
     let vocab_size = rows(embedding)?;
     if let Some(said) = params.vocab_size {
         must_agree(said == vocab_size, "vocab_size", said, embedding, vocab_size)?;
-    }
-    if let Some(tokens) = tokenizer_vocab
-        && tokens != vocab_size
-    {
-        return Err(Error::input(format!(
-            "the tokenizer has {tokens} tokens, but {embedding} {vocab_size} rows: is it another \
-             model's tokenizer.model?"
-        )));
     }
     let last = format!("layers.{}.attention_norm.weight", params.n_layers - 1);
     if shapes(&last).is_none() {

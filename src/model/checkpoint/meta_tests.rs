@@ -119,7 +119,7 @@ fn the_config_is_that_of_the_model_it_was_made_of() {
         let (_, tensors, params) = read(&format!("meta_mp{count}"));
         let merged = merge(tensors, &params).unwrap();
         let shapes = |name: &str| merged.iter().find(|t| t.name == name).map(|t| t.shape.clone());
-        let config = hf_config(&params, shapes, Some(272)).unwrap();
+        let config = hf_config(&params, shapes).unwrap();
         for key in [
             "model_type",
             "hidden_size",
@@ -136,7 +136,6 @@ fn the_config_is_that_of_the_model_it_was_made_of() {
             assert_eq!(config[key], theirs[key], "{key}");
         }
         assert_eq!(config["head_dim"], 8);
-        refused(hf_config(&params, shapes, Some(271)), &["the tokenizer has 271 tokens", "272"]);
     }
 }
 
@@ -241,7 +240,7 @@ fn published_params_give_the_published_configs() {
         ),
     ];
     for (params, (width, vocab, context, theta, factor)) in cases {
-        let config = hf_config(&params, shaped(width, vocab, false), Some(vocab)).unwrap();
+        let config = hf_config(&params, shaped(width, vocab, false)).unwrap();
         assert_eq!(config["intermediate_size"], width, "{params}");
         assert_eq!(config["vocab_size"], vocab, "{params}");
         assert_eq!(config["max_position_embeddings"], context, "{params}");
@@ -265,7 +264,7 @@ fn params() -> Value {
 
 #[test]
 fn a_missing_output_is_the_embedding() {
-    let config = hf_config(&params(), shaped(48, 10, true), None).unwrap();
+    let config = hf_config(&params(), shaped(48, 10, true)).unwrap();
     assert_eq!(config["tie_word_embeddings"], true);
 }
 
@@ -301,22 +300,22 @@ fn params_that_cannot_be_are_refused_by_key() {
     ] {
         let mut params = params();
         params[key] = value;
-        refused(hf_config(&params, shaped(48, 10, false), None), &["params.json", word]);
+        refused(hf_config(&params, shaped(48, 10, false)), &["params.json", word]);
     }
     for not_an_object in [json!(null), json!([1]), json!({"model": 1})] {
-        refused(hf_config(&not_an_object, shaped(48, 10, false), None), &["not a JSON object"]);
+        refused(hf_config(&not_an_object, shaped(48, 10, false)), &["not a JSON object"]);
     }
-    refused(hf_config(&params(), |_| None, None), &["no tensor"]);
-    refused(hf_config(&params(), |_| Some(vec![1]), None), &["has shape [1]"]);
+    refused(hf_config(&params(), |_| None), &["no tensor"]);
+    refused(hf_config(&params(), |_| Some(vec![1])), &["has shape [1]"]);
     let shapes = |name: &str| shaped(48, 10, false)(name).filter(|_| !name.contains("norm"));
-    refused(hf_config(&params(), shapes, None), &["n_layers", "layers.0.attention_norm"]);
+    refused(hf_config(&params(), shapes), &["n_layers", "layers.0.attention_norm"]);
     // What changes nothing may be there, and all may stand under "model".
     let mut harmless = params();
     harmless["max_seq_len"] = json!(512);
     harmless["moe"] = json!(null);
     harmless["sliding_window"] = json!(false);
-    let config = hf_config(&json!({"model": harmless}), shaped(48, 10, false), None).unwrap();
-    assert_eq!(config, hf_config(&params(), shaped(48, 10, false), None).unwrap());
+    let config = hf_config(&json!({"model": harmless}), shaped(48, 10, false)).unwrap();
+    assert_eq!(config, hf_config(&params(), shaped(48, 10, false)).unwrap());
 }
 
 // ------------------------------------------------------------------------------------- merge

@@ -13,6 +13,7 @@ pub mod gguf;
 pub(super) mod gguf_model;
 pub mod meta;
 mod safetensors;
+mod source;
 mod table;
 pub mod torch;
 
@@ -23,6 +24,7 @@ use std::path::Path;
 pub use contents::Contents;
 pub(crate) use contents::language_model_name;
 pub use files::{Format, ModelFiles};
+pub use source::Source;
 pub use table::TensorTable;
 
 use super::config::ModelConfig;

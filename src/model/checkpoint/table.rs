@@ -75,6 +75,12 @@ impl TensorTable {
         self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
     }
 
+    /// The same to change, in tests.
+    #[cfg(test)]
+    pub(in crate::model) fn by_name(&mut self) -> &mut HashMap<String, Tensor> {
+        &mut self.tensors
+    }
+
     /// The files that they lie in, in order: path and bytes.
     pub fn files(&self) -> impl Iterator<Item = (&Path, &[u8])> {
         self.mapped.iter().map(|file| (file.path.as_path(), &file.map[..]))
@@ -115,7 +121,7 @@ impl TensorTable {
     ) -> Result<Weight> {
         let name = format!("{}.weight", place.name);
         let tensor = self.tensor(&name, [place.stored_rows, width])?;
-        let slice = |cols| self.slice(&name, tensor, &place.rows, cols);
+        let slice = |cols| self.slice(tensor, &place.rows, cols);
         match (&tensor.dtype, dtype) {
             (StoredDtype::Quant(_), Some(WeightDtype::Quant(_))) => slice(cols),
             (_, Some(WeightDtype::Quant(quant))) => {
@@ -147,7 +153,7 @@ impl TensorTable {
         rows: &[Range<usize>],
         cols: Range<usize>,
     ) -> Result<Weight> {
-        self.slice(name, self.tensor(name, shape)?, rows, cols)
+        self.slice(self.tensor(name, shape)?, rows, cols)
     }
 
     /// The parts `parts` of the vector `name` of length `len`, one after another, in f32.
@@ -158,7 +164,7 @@ impl TensorTable {
         let tensor = self.tensor(name, [1, len])?;
         let mut out = Vec::new();
         for part in parts {
-            let row = self.slice(name, tensor, std::slice::from_ref(&(0..1)), part.clone())?;
+            let row = self.slice(tensor, std::slice::from_ref(&(0..1)), part.clone())?;
             let first = out.len();
             out.resize(first + part.len(), 0.0);
             row.read_row(0, &mut out[first..]);
@@ -166,37 +172,45 @@ impl TensorTable {
         Ok(out)
     }
 
-    fn tensor(&self, name: &str, shape: [usize; 2]) -> Result<&Tensor> {
-        let file = |i: usize| self.mapped.get(i).map_or("".into(), |f| f.path.to_string_lossy());
-        let tensor = self
-            .tensors
-            .get(name)
-            .ok_or_else(|| Error::input(format!("{}: the model has no tensor {name}", file(0))))?;
+    /// Why the matrix `name` of `shape` (a vector is one row) cannot be read, as far as headers
+    /// say; `None` if it can.
+    pub fn problem(&self, name: &str, shape: [usize; 2]) -> Option<String> {
+        let Some(tensor) = self.tensors.get(name) else {
+            return Some(format!("tensor {name} is missing"));
+        };
         if matrix_shape(&tensor.shape) != shape {
-            return Err(Error::input(format!(
-                "{}: tensor {name} has shape {:?}, but the configuration asks for {shape:?}",
-                file(tensor.pieces.first().map_or(0, |p| p.file)),
+            let wanted = match (tensor.shape.len(), shape) {
+                (..=1, [1, len]) => format!("[{len}]"),
+                (..=2, _) => format!("{shape:?}"),
+                (_, [rows, cols]) => format!("{rows} rows of {cols} in all"),
+            };
+            return Some(format!(
+                "tensor {name} has shape {:?}, but the configuration asks for {wanted}",
                 tensor.shape
-            )));
+            ));
         }
-        Ok(tensor)
+        let is_unknown = tensor.dtype.unit().is_none();
+        is_unknown.then(|| {
+            format!("tensor {name} has type {}, which is not supported", tensor.dtype.name())
+        })
+    }
+
+    fn tensor(&self, name: &str, shape: [usize; 2]) -> Result<&Tensor> {
+        let tensor = self.tensors.get(name);
+        match (tensor, self.problem(name, shape)) {
+            (Some(tensor), None) => Ok(tensor),
+            (_, problem) => {
+                let file = tensor.and_then(|tensor| tensor.pieces.first()).map_or(0, |p| p.file);
+                let file = self.mapped.get(file).map_or("".into(), |f| f.path.to_string_lossy());
+                Err(Error::input(format!("{file}: {}", problem.unwrap_or_default())))
+            }
+        }
     }
 
     /// The rows `rows` (in order) and columns `cols` of `tensor`.
-    fn slice(
-        &self,
-        name: &str,
-        tensor: &Tensor,
-        rows: &[Range<usize>],
-        cols: Range<usize>,
-    ) -> Result<Weight> {
+    fn slice(&self, tensor: &Tensor, rows: &[Range<usize>], cols: Range<usize>) -> Result<Weight> {
         let Some((unit_len, unit_bytes)) = tensor.dtype.unit() else {
-            let file = &self.mapped[tensor.pieces[0].file].path;
-            return Err(Error::input(format!(
-                "{}: tensor {name} has type {}, which is not supported",
-                file.display(),
-                tensor.dtype.name()
-            )));
+            return Err(Error::fault(format!("a tensor of type {}", tensor.dtype.name())));
         };
         let units = cols.start / unit_len..cols.end.div_ceil(unit_len);
         let cut = Cut { tensor, rows, units, unit_len, unit_bytes };

@@ -19,7 +19,7 @@ use crate::device::linear::{Matrix, embed};
 use crate::device::{Array, Device, DeviceComm, Dtype, Graph, collectives, experts, ops};
 use crate::model::StepBatch;
 use crate::model::adapter::{AdapterRows, RowAdapters};
-use crate::model::attention::Attention;
+use crate::model::attention::{Attention, GroupedQkv};
 use crate::model::decoder::{DecoderLayer, load_vocabulary, wanted_rows};
 use crate::model::layers::{Loader, Norm, VocabParallel};
 use crate::model::ops::with_values;
@@ -121,7 +121,10 @@ impl DeviceDecoder {
         };
         // One at a time: what a layer had to copy on the host goes before the next is read.
         let layers = (0..config.num_hidden_layers)
-            .map(|i| Layer::load(&uploader, &DecoderLayer::load(l, config, i)?))
+            .map(|i| {
+                let host = DecoderLayer::load(l, config, i, GroupedQkv::Apart)?;
+                Layer::load(&uploader, &host)
+            })
             .collect::<Result<Vec<_>>>()?;
         let heads = Attention::heads(config, l.comm.size());
         let heads = Shape {

@@ -149,8 +149,8 @@ impl Layer {
     /// No memory; a fault of the driver; an adapter of experts.
     pub(in crate::model) fn load(uploader: &Uploader, host: &DecoderLayer) -> Result<Self> {
         let norm = |norm: &Option<_>| norm.as_ref().map(|n| uploader.norm(n)).transpose();
-        let Attention { window, softcap, slopes, q_proj, k_proj, v_proj, qk_norms, o_proj, .. } =
-            &host.attention;
+        let Attention { window, softcap, slopes, qkv, qk_norms, o_proj, .. } = &host.attention;
+        let qkv: Vec<&ColumnParallelLinear> = qkv.linears().iter().collect();
         let qk_norms = qk_norms
             .as_ref()
             .map(|[q, k]| -> Result<_> { Ok([uploader.norm(q)?, uploader.norm(k)?]) });
@@ -160,7 +160,7 @@ impl Layer {
             post_attention_norm: norm(&host.post_attention_norm)?,
             mlp_norm: norm(&host.mlp_norm)?,
             post_mlp_norm: norm(&host.post_mlp_norm)?,
-            qkv: Linear::columns(uploader, &[q_proj, k_proj, v_proj])?,
+            qkv: Linear::columns(uploader, &qkv)?,
             qk_norms: qk_norms.transpose()?,
             window: *window,
             softcap: *softcap,

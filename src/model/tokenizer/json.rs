@@ -54,6 +54,12 @@ impl JsonTokenizer {
         self.inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1)
     }
 
+    /// The highest id of a token that is not an added one.
+    pub fn max_text_id(&self) -> Option<u32> {
+        let ids = self.inner.get_vocab(false).into_values();
+        ids.filter(|id| !self.added_tokens.contains(id)).max()
+    }
+
     pub fn is_special(&self, id: u32) -> bool {
         self.special_ids.contains(&id)
     }

@@ -188,6 +188,33 @@ impl Tokenizer {
         self.vocab_size
     }
 
+    /// Refuses the tokenizer of another model: one that writes text in ids which an embedding of
+    /// `vocab_size` rows does not have. Tokens that only a text which spells them out has may
+    /// lie beyond (Gemma 3's `<image_soft_token>`, a `[PAD]` of someone's training): such a text
+    /// is refused by itself.
+    ///
+    /// # Errors
+    /// An input error that names both numbers.
+    pub fn check_fits(&self, vocab_size: usize) -> Result<()> {
+        if self.vocab_size <= vocab_size {
+            return Ok(());
+        }
+        let of_text = match &self.inner {
+            Inner::Json(json) => json.max_text_id(),
+            Inner::Pieces(pieces) => pieces.max_text_id(),
+        };
+        let framing = self.encode("", true)?.into_iter().max();
+        match of_text.max(framing) {
+            Some(max) if max as usize >= vocab_size => Err(Error::input(format!(
+                "the tokenizer has {} tokens (ids up to {max} in any text), but the model's \
+                 embedding {vocab_size} rows: is it another model's tokenizer? --tokenizer names \
+                 the right one",
+                self.vocab_size
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     /// The vocabulary's spelling of a token (`Ġthe`, `▁the`, `<0x0A>`).
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         match &self.inner {
@@ -351,6 +378,27 @@ mod tests {
         assert_eq!((tokenizer.vocab_size(), tokenizer.bos_token_id()), (6, Some(0)));
         assert_eq!(tokenizer.token_bytes(4), b"world");
         assert_eq!(tokenizer.special_tokens()["eos_token"], "</s>");
+    }
+
+    #[test]
+    fn ids_of_text_must_be_in_the_vocabulary_and_added_tokens_may_lie_beyond() {
+        let dir = tempfile::tempdir().unwrap();
+        write_words(dir.path());
+        let path = dir.path().join("tokenizer.json");
+        let mut json: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        let mut pad = json["added_tokens"][0].clone();
+        (pad["id"], pad["content"]) = (6.into(), "[PAD]".into());
+        json["added_tokens"].as_array_mut().unwrap().push(pad);
+        write(dir.path(), "tokenizer.json", &json.to_string());
+        let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
+        assert_eq!(tokenizer.vocab_size(), 7);
+        for padded in [6, 7, 64] {
+            tokenizer.check_fits(padded).unwrap();
+        }
+        let error = tokenizer.check_fits(5).unwrap_err();
+        assert!(error.message.contains("7 tokens (ids up to 5 in any text)"), "{error}");
+        assert!(error.message.contains("embedding 5 rows"), "{error}");
     }
 
     #[test]

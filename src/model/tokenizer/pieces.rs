@@ -177,6 +177,12 @@ impl PieceTokenizer {
         symbols
     }
 
+    /// The highest id of a token that text is spelled with.
+    pub fn max_text_id(&self) -> Option<u32> {
+        let spells = |kind| matches!(kind, Kind::Normal | Kind::Byte);
+        self.vocabulary.iter().filter(|(_, token)| spells(token.kind)).map(|(id, _)| id).max()
+    }
+
     pub fn is_special(&self, id: u32) -> bool {
         self.vocabulary.get(id).is_some_and(|token| token.kind.is_special())
     }
