@@ -15,7 +15,9 @@ use farm::ErrorKind;
 use farm::comm::NoTensorComm;
 use farm::model::StepBatch;
 use farm::model::tokenizer::Tokenizer;
-use farm::model::{BatchSequence, Checkpoint, LoadOptions, LogitsWanted, ModelRunner, Runner};
+use farm::model::{
+    Activations, BatchSequence, Checkpoint, LoadOptions, LogitsWanted, ModelRunner, Runner,
+};
 
 /// Refuses what no small file can need: an unchecked count shows as an abort.
 struct Bounded;
@@ -121,7 +123,13 @@ fn load(model: &Path) -> farm::Result<()> {
     if config.kv_block_bytes(config.num_key_value_heads, 16) > 8 << 20 {
         return Ok(());
     }
-    let options = LoadOptions { dtype: None, max_seq_len: 64, num_blocks, device: None };
+    let options = LoadOptions {
+        dtype: None,
+        activations: Activations::default(),
+        max_seq_len: 64,
+        num_blocks,
+        device: None,
+    };
     let mut runner = ModelRunner::load(&checkpoint, &options, Arc::new(NoTensorComm))?;
     let mut token_ids = tokenizer.encode("The cat — 東京", true)?;
     token_ids.retain(|&id| (id as usize) < runner.vocab_size());
