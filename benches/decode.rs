@@ -10,7 +10,7 @@ use std::time::Instant;
 use farm::comm::NoTensorComm;
 use farm::engine::{Engine, EngineConfig, EngineRequest, Generated};
 use farm::engine::{Mode, SamplingParams, TokenDecoder};
-use farm::model::{Checkpoint, LoadOptions, ModelConfig, ModelRunner};
+use farm::model::{Activations, Checkpoint, LoadOptions, ModelConfig, ModelRunner};
 
 const PROMPT: usize = 128;
 const NEW: usize = 64;
@@ -43,8 +43,13 @@ fn bench(bf16: bool, memory: f64, flops: f64) {
     println!("model {}", dir.display());
     println!("batch  prefill tok/s  of FLOPs  decode tok/s  of memory  of FLOPs");
     for batch in [1, 4, 16, 32] {
-        let options =
-            LoadOptions { dtype: None, max_seq_len: 256, num_blocks: 32 * 16, device: None };
+        let options = LoadOptions {
+            dtype: None,
+            activations: Activations::default(),
+            max_seq_len: 256,
+            num_blocks: 32 * 16,
+            device: None,
+        };
         let runner =
             ModelRunner::load(&Checkpoint::open(&dir).unwrap(), &options, Arc::new(NoTensorComm))
                 .unwrap();

@@ -1,5 +1,5 @@
-//! The linear kernel over quantized weights, beside f32 and bf16 ones, by rows of
-//! activations: GFLOP/s, and GB/s of weights as they are stored. The weights are
+//! The linear kernels over quantized weights (activations rounded to 8 bits, and as they
+//! are), beside f32 and bf16 ones, by rows of activations: GFLOP/s, and GB/s of weights as they are stored. The weights are
 //! copies beyond the caches, as a model's layers are. Rates are over CPU time, so that
 //! other tenants of the machine disturb them less.
 //! `cargo bench --bench quant [-- THREADS TYPE…]`; one thread and all types unless told
@@ -33,11 +33,11 @@ fn main() {
     let values = |copies: usize| (0..copies * IN * OUT).map(|i| (i % 251) as f32 / 251.0 - 0.5);
     let copies = WEIGHT_BYTES / (IN * OUT * 4);
     let f32s: Vec<f32> = values(copies).collect();
-    row("f32", &f32s, IN * OUT, |x, m, data, out| {
+    row("f32", "f32", &f32s, IN * OUT, |x, m, data, out| {
         gemm::linear(x, m, Matrix { data, rows: OUT, cols: IN, stride: IN }, None, out);
     });
     let bf16s: Vec<bf16> = values(2 * copies).map(bf16::from_f32).collect();
-    row("bf16", &bf16s, IN * OUT, |x, m, data, out| {
+    row("bf16", "f32", &bf16s, IN * OUT, |x, m, data, out| {
         gemm::linear(x, m, Matrix { data, rows: OUT, cols: IN, stride: IN }, None, out);
     });
     for quant in QuantType::ALL {
@@ -46,17 +46,23 @@ fn main() {
         let bytes: Vec<u8> = (0..WEIGHT_BYTES / matrix * matrix)
             .map(|i| ((i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8 & 0xbb)
             .collect();
-        row(quant.name(), &bytes, matrix, |x, m, data, out| {
-            let stride = quant.row_bytes(IN);
-            let w = QuantMatrix { data, quant, rows: OUT, cols: IN, skip: 0, stride };
-            quant::linear(x, m, w, None, out);
+        row(quant.name(), "int8", &bytes, matrix, |x, m, data, out| {
+            quant::int8::linear(x, m, matrix_of(quant, data), None, out);
+        });
+        row(quant.name(), "f32", &bytes, matrix, |x, m, data, out| {
+            quant::linear(x, m, matrix_of(quant, data), None, out);
         });
     }
+}
+
+fn matrix_of(quant: QuantType, data: &[u8]) -> QuantMatrix<'_> {
+    QuantMatrix { data, quant, rows: OUT, cols: IN, skip: 0, stride: quant.row_bytes(IN) }
 }
 
 /// The rates for each m; `weights` are copies of a matrix of `len` elements.
 fn row<T>(
     name: &str,
+    activations: &str,
     weights: &[T],
     len: usize,
     product: impl Fn(&[f32], usize, &[T], &mut [f32]),
@@ -66,7 +72,7 @@ fn row<T>(
     if types.peek().is_some() && types.all(|arg| arg != name) {
         return;
     }
-    print!("{name:>14}");
+    print!("{:>14}", format!("{name} {activations}"));
     for m in MS {
         let x: Vec<f32> = (0..m * IN).map(|i| (i % 113) as f32 / 113.0 - 0.5).collect();
         let mut out = vec![0.0; m * OUT];

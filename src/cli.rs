@@ -33,8 +33,8 @@ pub mod values;
 mod tests;
 
 pub use choices::{
-    AdapterFormat, DeviceKind, Dtype, GenerationConfigSource, KernelTier, LogFormat, PromptsFormat,
-    Quantize, ScheduleName, StageFallback,
+    ActivationType, AdapterFormat, DeviceKind, Dtype, GenerationConfigSource, KernelTier,
+    LogFormat, PromptsFormat, Quantize, ScheduleName, StageFallback,
 };
 pub use finetune::{DataArgs, FinetuneArgs, FinetuneOutputArgs, Layers, LoraArgs, TrainingArgs};
 pub use given::{GivenFlag, flag_word, given_flags};
@@ -350,6 +350,12 @@ pub struct ModelArgs {
     /// The model's weights.
     #[command(flatten)]
     pub weights: WeightsArgs,
+    /// What quantized weights are multiplied with on a CPU: activations rounded to 8 bits, or f32
+    ///
+    /// int8 multiplies integers, as llama.cpp does, and is about twice as fast; f32 computes what
+    /// the weights would as f32. Weights that are not quantized, and GPUs, do not use it.
+    #[arg(long, env = "FARM_ACTIVATIONS", value_name = "TYPE", default_value = "int8")]
+    pub activations: ActivationType,
     /// LoRA adapter: a PEFT directory or a GGUF file; may be given several times
     ///
     /// NAME is what records call it ("adapter": "NAME"; in an OpenAI line also "model");

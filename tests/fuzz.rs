@@ -16,7 +16,7 @@ use farm::comm::NoTensorComm;
 use farm::model::StepBatch;
 use farm::model::tokenizer::Tokenizer;
 use farm::model::{
-    BatchSequence, Checkpoint, LoadOptions, LogitsWanted, ModelRunner, Preflight, Runner,
+    Activations, BatchSequence, Checkpoint, LoadOptions, LogitsWanted, ModelRunner, Preflight, Runner,
 };
 
 /// Refuses what no small file can need: an unchecked count shows as an abort.
@@ -123,7 +123,13 @@ fn load(model: &Path) -> farm::Result<()> {
     if config.kv_block_bytes(config.num_key_value_heads, 16) > 8 << 20 {
         return Ok(());
     }
-    let options = LoadOptions { dtype: None, max_seq_len: 64, num_blocks, device: None };
+    let options = LoadOptions {
+        dtype: None,
+        activations: Activations::default(),
+        max_seq_len: 64,
+        num_blocks,
+        device: None,
+    };
     let problem = Preflight::new(config, checkpoint.tensors())?.problem();
     let runner = ModelRunner::load(&checkpoint, &options, Arc::new(NoTensorComm));
     assert_eq!(problem.is_some(), runner.is_err(), "found before the load: {problem:?}");

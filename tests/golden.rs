@@ -9,8 +9,8 @@ use farm::comm::{HostTensorComm, LocalComm, NoTensorComm, TensorComm};
 use farm::engine::{Engine, EngineConfig, EngineOutput, EngineRequest, Generated, Mode};
 use farm::engine::{SamplingParams, TokenDecoder};
 use farm::model::config::AttentionSplit;
+use farm::model::{Activations, BatchSequence, Checkpoint, LoadOptions, LogitsWanted, ModelRunner};
 use farm::model::{Adapter, AdapterSource};
-use farm::model::{BatchSequence, Checkpoint, LoadOptions, LogitsWanted, ModelRunner};
 use farm::model::{Runner, StepBatch, WeightDtype};
 use serde::Deserialize;
 
@@ -66,17 +66,17 @@ fn golden(dir: &Path) -> Golden {
 
 /// Runs `body` as the leader of a group of `size` ranks that hold the model.
 fn with_model<T: Send>(dir: &Path, size: usize, body: impl Fn(&mut ModelRunner) -> T + Sync) -> T {
-    with_loaded(dir, &[], size, None, body)
+    with_loaded(dir, &[], size, None, Activations::default(), body)
 }
 
-/// The same with weights converted while they are loaded.
+/// The same with weights converted while they are loaded, and activations as they are.
 fn with_model_as<T: Send>(
     dir: &Path,
     size: usize,
     dtype: Option<WeightDtype>,
     body: impl Fn(&mut ModelRunner) -> T + Sync,
 ) -> T {
-    with_loaded(dir, &[], size, dtype, body)
+    with_loaded(dir, &[], size, dtype, Activations::F32, body)
 }
 
 /// The same with adapters.
@@ -86,7 +86,7 @@ fn with_adapted<T: Send>(
     size: usize,
     body: impl Fn(&mut ModelRunner) -> T + Sync,
 ) -> T {
-    with_loaded(dir, adapters, size, None, body)
+    with_loaded(dir, adapters, size, None, Activations::default(), body)
 }
 
 fn with_loaded<T: Send>(
@@ -94,10 +94,12 @@ fn with_loaded<T: Send>(
     adapters: &[AdapterSource],
     size: usize,
     dtype: Option<WeightDtype>,
+    activations: Activations,
     body: impl Fn(&mut ModelRunner) -> T + Sync,
 ) -> T {
     let options = |_: Arc<dyn TensorComm>| LoadOptions {
         dtype,
+        activations,
         max_seq_len: 512,
         num_blocks: 64,
         device: None,
@@ -253,7 +255,13 @@ impl TokenDecoder for NoText {
 /// and go on in another.
 fn run_cut(dir: &Path, mut requests: Vec<EngineRequest>, steps: usize) -> Vec<EngineOutput> {
     let new_engine = || {
-        let options = LoadOptions { dtype: None, max_seq_len: 512, num_blocks: 64, device: None };
+        let options = LoadOptions {
+            dtype: None,
+            activations: Activations::default(),
+            max_seq_len: 512,
+            num_blocks: 64,
+            device: None,
+        };
         let comm = Arc::new(NoTensorComm);
         let runner = ModelRunner::load(&Checkpoint::open(dir).unwrap(), &options, comm).unwrap();
         Engine::new(runner, Arc::new(NoText), EngineConfig::default()).unwrap()

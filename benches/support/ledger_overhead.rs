@@ -37,7 +37,7 @@ use farm::ledger::{
     estimate_cost,
 };
 use farm::model::tokenizer::Tokenizer;
-use farm::model::{Checkpoint, LoadOptions, ModelRunner, Runner};
+use farm::model::{Activations, Checkpoint, LoadOptions, ModelRunner, Runner};
 use farm::prompts::{Defaults, Preparer, PromptReader, ReadOptions};
 use farm::slurm::OomWatch;
 use farm::stats::events::EventLog;
@@ -234,8 +234,13 @@ impl Bench {
     fn worker_parts(&self) -> (Engine<Metered>, Records) {
         let dir = crate::tiny_model();
         let num_blocks = BATCH * MAX_SEQ_LEN.div_ceil(BLOCK_SIZE);
-        let options =
-            LoadOptions { dtype: None, max_seq_len: MAX_SEQ_LEN, num_blocks, device: None };
+        let options = LoadOptions {
+            dtype: None,
+            activations: Activations::default(),
+            max_seq_len: MAX_SEQ_LEN,
+            num_blocks,
+            device: None,
+        };
         let runner =
             ModelRunner::load(&Checkpoint::open(&dir).unwrap(), &options, Arc::new(NoTensorComm))
                 .unwrap();

@@ -68,6 +68,15 @@ pub enum Quantize {
     Q6K,
 }
 
+/// `--activations`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ActivationType {
+    /// Rounded to 8 bits, a scale for each block of weights.
+    Int8,
+    /// As they are.
+    F32,
+}
+
 /// `--kernel-tier`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum KernelTier {

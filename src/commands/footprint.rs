@@ -124,7 +124,7 @@ mod tests {
 
     use super::*;
     use crate::comm::NoTensorComm;
-    use crate::model::{Checkpoint, LoadOptions, ModelRunner};
+    use crate::model::{Activations, Checkpoint, LoadOptions, ModelRunner};
 
     /// Estimates against what a loaded model says of itself, alone in its group; nothing of the
     /// checkpoint is read twice.
@@ -146,7 +146,13 @@ mod tests {
             ("phi3", None),
         ] {
             let checkpoint = Checkpoint::open(&goldens.join(case)).unwrap();
-            let options = LoadOptions { dtype, max_seq_len: 16, num_blocks: 1, device: None };
+            let options = LoadOptions {
+                dtype,
+                activations: Activations::default(),
+                max_seq_len: 16,
+                num_blocks: 1,
+                device: None,
+            };
             let runner = ModelRunner::load(&checkpoint, &options, Arc::new(NoTensorComm)).unwrap();
             let loaded = (runner.weight_bytes() as f64, runner.owned_weight_bytes());
             let guess = weights(checkpoint.config(), checkpoint.tensors(), dtype, 1);

@@ -30,7 +30,7 @@ use crate::ledger::{
     JournalWriter, Journals, OutputCounts, RemoteLink, RunDir, SyncPolicy, WorkerLink,
     estimate_cost, merge,
 };
-use crate::model::{AdapterSource, ModelRunner, WeightDtype};
+use crate::model::{Activations, AdapterSource, ModelRunner, WeightDtype};
 use crate::slurm::OomWatch;
 use crate::stage::sources::ModelPaths;
 use crate::stage::{self, StageFallback, StageOptions, Staged};
@@ -113,6 +113,14 @@ impl Job {
     /// See [`cli::WeightsArgs::dtype_in_memory`].
     pub fn dtype(&self) -> Option<WeightDtype> {
         self.model.weights.dtype_in_memory()
+    }
+
+    /// What quantized weights are multiplied with.
+    pub fn activations(&self) -> Activations {
+        match self.model.activations {
+            cli::ActivationType::Int8 => Activations::Int8,
+            cli::ActivationType::F32 => Activations::F32,
+        }
     }
 
     /// The files that the flags name: model, tokenizer.

@@ -66,7 +66,8 @@ pub fn load(
     };
     let num_blocks = least(&**group, agree(world, num_blocks)?);
     let (dtype, max_seq_len) = (job.dtype(), plan.max_seq_len);
-    let options = LoadOptions { dtype, max_seq_len, num_blocks, device };
+    let options =
+        LoadOptions { dtype, activations: job.activations(), max_seq_len, num_blocks, device };
     let started = Instant::now();
     let runner = ModelRunner::load_adapted(&checkpoint, &adapters, &options, comm);
     let mut runner = agree(world, runner)?;

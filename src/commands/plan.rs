@@ -20,7 +20,8 @@ use crate::ledger::{
     self, ExistingRun, Journals, Membership, OrderedOutput, OutputCounts, OutputTarget, RunDir,
     RunFile, RunIdentity, membership,
 };
-use crate::model::{Adapter, Checkpoint, ModelConfig, WeightDtype, adapter};
+use crate::model::checkpoint::StoredDtype;
+use crate::model::{Activations, Adapter, Checkpoint, ModelConfig, WeightDtype, adapter};
 use crate::prompts::{
     GenerationConfig, InputIdentity, PromptFormat, PromptReader, ReadOptions, SamplingFlags,
     generation_config, guide, spool_stdin,
@@ -161,7 +162,7 @@ pub fn check(job: &Job) -> Result<Checked> {
     let max_seq_len = max_seq_len(job, checkpoint.config())?;
     let params = resolve_sampling(job, &checkpoint)?;
     let (prompts, input) = open_prompts(job)?;
-    let identity = RunIdentity {
+    let mut identity = RunIdentity {
         command: job.command.to_owned(),
         prompts: json!({
             "size_bytes": input.size_bytes, "modified_ns": input.modified_ns,
@@ -175,8 +176,23 @@ pub fn check(job: &Job) -> Result<Checked> {
             "dtype": job.dtype().map_or("auto", WeightDtype::name),
         }),
     };
+    if rounds_activations(job, &checkpoint) {
+        identity.sampling["activations"] = json!("int8");
+    }
     let run_dir = run_dir_path(job, &identity);
     Ok(Checked { identity, run_dir, prompts, params, max_seq_len, model_name: manifest.name })
+}
+
+/// Whether a CPU would round activations: runs without a word of it took them as they are.
+fn rounds_activations(job: &Job, checkpoint: &Checkpoint) -> bool {
+    let quantized = match job.dtype() {
+        Some(dtype) => matches!(dtype, WeightDtype::Quant(_)),
+        None => {
+            let mut tensors = checkpoint.tensors().iter();
+            tensors.any(|(_, tensor)| matches!(tensor.dtype, StoredDtype::Quant(_)))
+        }
+    };
+    quantized && job.activations() == Activations::Int8
 }
 
 /// Checks everything on rank 0, opens the run directory and takes a place in it.

@@ -8,7 +8,7 @@ use super::*;
 use crate::comm::NoTensorComm;
 use crate::commands::load::Decoder;
 use crate::engine::{Engine, EngineConfig, SamplingParams};
-use crate::model::{Checkpoint, LoadOptions, ModelConfig, ModelRunner};
+use crate::model::{Activations, Checkpoint, LoadOptions, ModelConfig, ModelRunner};
 use crate::prompts::RawBody;
 use crate::prompts::request::Defaults;
 
@@ -38,7 +38,13 @@ fn records(mode: Mode) -> Records {
 /// completions some have ended while others wait.
 fn engine() -> Engine<ModelRunner> {
     let dir = model_dir();
-    let options = LoadOptions { dtype: None, max_seq_len: 64, num_blocks: 16, device: None };
+    let options = LoadOptions {
+        dtype: None,
+        activations: Activations::default(),
+        max_seq_len: 64,
+        num_blocks: 16,
+        device: None,
+    };
     let runner =
         ModelRunner::load(&Checkpoint::open(&dir).unwrap(), &options, Arc::new(NoTensorComm))
             .unwrap();

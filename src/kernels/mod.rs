@@ -5,8 +5,11 @@
 //! sum runs over 16 lanes in index order and ends in one fixed tree, and every
 //! [`Tier`] does the same IEEE operations, so tiers agree bit for bit too.
 //!
-//! Left out here: weights packed for the cache, integer dot products, and
-//! bf16/AMX matrix instructions, whose sums round differently.
+//! Integer products ([`quant::int8`]) are exact inside a block of weights, and follow
+//! the blocks' order.
+//!
+//! Left out here: weights packed for the cache, and bf16/AMX matrix instructions,
+//! whose sums round differently.
 
 pub mod attention;
 pub mod backward;

@@ -17,7 +17,7 @@ use super::checkpoint::Source;
 use super::config::{ModelConfig, NormKind};
 use super::names::{Names, Place};
 use super::ops;
-use super::weights::{Weight, WeightDtype};
+use super::weights::{Activations, Weight, WeightDtype};
 use crate::Result;
 use crate::comm::TensorComm;
 use crate::kernels::backward;
@@ -32,6 +32,8 @@ pub struct Loader<'a> {
     pub comm: Arc<dyn TensorComm>,
     /// What matrices become; `None` keeps the checkpoint's own.
     pub dtype: Option<WeightDtype>,
+    /// What quantized matrices are multiplied with.
+    pub activations: Activations,
     /// The run's adapters, by number.
     pub adapters: &'a [Adapter],
 }
@@ -52,7 +54,20 @@ impl Loader<'_> {
     /// # Errors
     /// See [`TensorTable::matrix`](super::checkpoint::TensorTable::matrix).
     pub fn matrix(&self, place: &Place, width: usize, cols: Range<usize>) -> Result<Weight> {
-        self.source.matrix(place, width, cols, self.dtype.and_then(|d| for_width(d, width)))
+        self.matrix_as(place, width, cols, self.dtype)
+    }
+
+    /// The same, as `dtype`.
+    fn matrix_as(
+        &self,
+        place: &Place,
+        width: usize,
+        cols: Range<usize>,
+        dtype: Option<WeightDtype>,
+    ) -> Result<Weight> {
+        let dtype = dtype.and_then(|d| for_width(d, width));
+        let weight = self.source.matrix(place, width, cols, dtype)?;
+        Ok(weight.with_activations(self.activations))
     }
 
     /// The bias at `place`.
@@ -276,8 +291,7 @@ impl VocabParallel {
             Some(WeightDtype::Quant(QuantType::Q4_K)) => Some(WeightDtype::Quant(QuantType::Q6_K)),
             dtype => dtype,
         };
-        let dtype = dtype.and_then(|d| for_width(d, shape[1]));
-        let weight = l.source.matrix(&place, shape[1], 0..shape[1], dtype)?;
+        let weight = l.matrix_as(&place, shape[1], 0..shape[1], dtype)?;
         Ok(Self {
             weight: Arc::new(weight),
             ids,

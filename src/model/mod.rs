@@ -32,7 +32,7 @@ pub use sampling::{
     Draw, LogitsError, Logprobs, MAX_TOP_LOGPROBS, Penalties, RowChoice, RowChoices, RowSampling,
     TokenSampling,
 };
-pub use weights::WeightDtype;
+pub use weights::{Activations, WeightDtype};
 
 use crate::{Error, Result};
 

@@ -17,7 +17,7 @@ use super::device::{DeviceDecoder, DeviceOptions};
 use super::kv_cache::KvCache;
 use super::layers::Loader;
 use super::sampling::{RowChoices, RowSampling};
-use super::weights::{Weight, WeightDtype};
+use super::weights::{Activations, Weight, WeightDtype};
 use super::{Logits, Runner};
 use crate::comm::TensorComm;
 use crate::device::sampling::RowChooser;
@@ -28,6 +28,8 @@ use crate::{Error, Result};
 pub struct LoadOptions {
     /// Convert matrices to this type; `None` keeps the checkpoint's own.
     pub dtype: Option<WeightDtype>,
+    /// What quantized matrices are multiplied with.
+    pub activations: Activations,
     /// Longest sequence, prompt and new tokens together.
     pub max_seq_len: usize,
     /// Blocks of the KV cache.
@@ -105,7 +107,8 @@ impl ModelRunner {
         // A device rounds floats itself.
         let is_quantized = |dtype: &WeightDtype| matches!(dtype, WeightDtype::Quant(_));
         let dtype = options.dtype.filter(|d| options.device.is_none() || is_quantized(d));
-        let loader = Loader { source, comm: comm.clone(), dtype, adapters };
+        let activations = options.activations;
+        let loader = Loader { source, comm: comm.clone(), dtype, activations, adapters };
         let model = Model::load(&loader, options)?;
         let config = checkpoint.config().clone();
         let (max_seq_len, bytes_read) = (options.max_seq_len, checkpoint.tensors().bytes_read());

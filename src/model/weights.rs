@@ -109,6 +109,16 @@ pub(super) enum Values {
     },
 }
 
+/// What quantized weights are multiplied with on the CPU. Others take activations as they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Activations {
+    /// Activations rounded to 8 bits, in products of integers: see [`quant::int8`].
+    #[default]
+    Int8,
+    /// Activations as they are, with weights widened to f32.
+    F32,
+}
+
 /// A matrix's values as they are stored, row-major.
 pub enum Stored<'a> {
     /// 32-bit floats.
@@ -129,11 +139,12 @@ pub struct Weight {
     rows: usize,
     cols: usize,
     values: Values,
+    activations: Activations,
 }
 
 impl Weight {
     pub(super) fn new(rows: usize, cols: usize, values: Values) -> Self {
-        let weight = Self { rows, cols, values };
+        let weight = Self { rows, cols, values, activations: Activations::F32 };
         let holds = match &weight.values {
             Values::F32(s) => s.as_slice().len() == rows * cols,
             Values::Bf16(s) => s.as_slice().len() == rows * cols,
@@ -150,6 +161,11 @@ impl Weight {
     /// An owned f32 matrix.
     pub fn from_f32(rows: usize, cols: usize, values: Vec<f32>) -> Self {
         Self::new(rows, cols, Values::F32(Store::Owned(values)))
+    }
+
+    /// The same, multiplied with `activations` of this kind.
+    pub fn with_activations(self, activations: Activations) -> Self {
+        Self { activations, ..self }
     }
 
     /// Output features.
@@ -212,13 +228,17 @@ impl Weight {
             Values::Bf16(s) => gemm::linear(x, m, self.matrix(s), bias, out),
             Values::F16(s) => gemm::linear(x, m, self.matrix(s), bias, out),
             Values::Quant { quant, skip, stride, blocks } => {
-                quant::linear(x, m, self.blocks(*quant, *skip, *stride, blocks), bias, out);
+                let w = self.blocks(*quant, *skip, *stride, blocks);
+                match self.activations {
+                    Activations::Int8 => quant::int8::linear(x, m, w, bias, out),
+                    Activations::F32 => quant::linear(x, m, w, bias, out),
+                }
             }
         }
     }
 
     /// `out[m, cols] (+)= y[m, rows] · self`: a gradient taken back through
-    /// [`multiply`](Self::multiply). With `accumulate` it is added to `out`.
+    /// [`multiply`](Self::multiply) of f32 activations. With `accumulate` it is added to `out`.
     pub fn multiply_back(&self, y: &[f32], m: usize, accumulate: bool, out: &mut [f32]) {
         match &self.values {
             Values::F32(s) => gemm::multiply(y, m, self.matrix(s), accumulate, out),

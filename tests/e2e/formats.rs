@@ -51,8 +51,7 @@ fn safetensors_pytorch_and_metas_form_of_a_model_give_its_text() {
     }
 }
 
-/// llama.cpp's answers, which it gives with margins that rounding does not cross. (For
-/// quantized weights it rounds activations too.)
+/// llama.cpp's answers, which it gives with margins that rounding does not cross.
 #[track_caller]
 fn assert_answers_of_llama_cpp(farm: &Farm, case: &str) {
     let golden = fs::read(golden(&format!("gguf/{case}.json"))).expect("a golden");

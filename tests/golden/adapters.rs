@@ -9,8 +9,8 @@ use farm::Result;
 use farm::engine::SamplingParams;
 use farm::engine::{Engine, EngineConfig, EngineOutput, EngineRequest, Generated, Mode};
 use farm::kernels::quant::QuantType;
-use farm::model::WeightDtype;
 use farm::model::checkpoint::{Format, TensorTable, gguf};
+use farm::model::{Activations, WeightDtype};
 use farm::model::{
     AdapterSource, Checkpoint, Logits, LogitsWanted, ModelRunner, Runner, StepBatch,
 };
@@ -416,7 +416,7 @@ fn dora_on_quantized_weights_is_the_same_on_any_number_of_ranks() {
     let sources = [source(&root().join("adapters/dora"))];
     let quantized = |size| {
         let dtype = Some(WeightDtype::Quant(QuantType::Q8_0));
-        with_loaded(&model, &sources, size, dtype, |runner| {
+        with_loaded(&model, &sources, size, dtype, Activations::F32, |runner| {
             let mut seen = Seen::with(runner, Some(0));
             let logits = |ids: &Vec<u32>| step(&mut seen, 0, ids, ids.len(), LogitsWanted::All);
             prompts.iter().map(logits).collect::<Vec<_>>()

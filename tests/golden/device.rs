@@ -37,7 +37,13 @@ fn options(
         max_logits_rows: 16,
         uses_graphs,
     };
-    LoadOptions { dtype: quantized, max_seq_len: 512, num_blocks: 64, device: Some(device) }
+    LoadOptions {
+        dtype: quantized,
+        activations: Activations::F32,
+        max_seq_len: 512,
+        num_blocks: 64,
+        device: Some(device),
+    }
 }
 
 fn on_device<T: Send>(

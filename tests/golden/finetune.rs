@@ -157,7 +157,13 @@ fn train(name: &str, case: &Case, layout: Layout) -> Trained {
         let checkpoint = Checkpoint::open(&root().join(&case.model)).unwrap();
         let comm = Arc::new(HostTensorComm::new(topology.tensor_parallel.clone()));
         let place = layout.on_devices.then(|| place(comm.clone()));
-        let loader = Loader { source: &checkpoint, comm, dtype: None, adapters: &[] };
+        let loader = Loader {
+            source: &checkpoint,
+            comm,
+            dtype: None,
+            activations: Activations::F32,
+            adapters: &[],
+        };
         let (config, recompute) = (config(case), layout.recompute);
         let mut model = TrainedModel::load(&loader, &config, 1, recompute, place.as_ref()).unwrap();
         let start = adapter(&root().join("finetune").join(name).join("start"));

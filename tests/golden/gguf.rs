@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 
 use farm::kernels::quant::QuantType;
 use farm::model::checkpoint::StoredDtype;
-use farm::model::{Checkpoint, LogitsWanted, WeightDtype};
+use farm::model::{Activations, Checkpoint, LogitsWanted, ModelRunner, WeightDtype};
 use serde::Deserialize;
 
-use super::{greedy, step, tensor_parallel_sizes, with_model, with_model_as};
+use super::{greedy, step, tensor_parallel_sizes, with_loaded, with_model_as};
 
-/// llama.cpp rounds activations to 8 bits and attention to halves; farm does not.
+/// llama.cpp rounds attention to halves; farm does not.
 const MIN_COSINE: f64 = 0.999;
 
 #[derive(Deserialize)]
@@ -70,7 +70,7 @@ fn gguf_files_give_llama_cpps_logits_and_text() {
             for prompt in &golden.prompts {
                 let what = format!("{} TP {size} {:?}", model.display(), prompt.text);
                 let ids = &prompt.prompt_token_ids;
-                with_model(&model, size, |runner| {
+                let body = |runner: &mut ModelRunner| {
                     let last = step(runner, 0, ids, ids.len(), LogitsWanted::Last).remove(0);
                     assert_eq!(last.len(), prompt.last_logits.len(), "{what}");
                     let cosine = cosine(&last, &prompt.last_logits);
@@ -79,7 +79,10 @@ fn gguf_files_give_llama_cpps_logits_and_text() {
                         let ours = greedy(runner, ids, prompt.greedy.len());
                         assert_eq!(ours, prompt.greedy, "{what}: greedy ids");
                     }
-                });
+                };
+                for activations in [Activations::Int8, Activations::F32] {
+                    with_loaded(&model, &[], size, None, activations, body);
+                }
             }
         }
     }

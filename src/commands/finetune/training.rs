@@ -13,8 +13,8 @@ use crate::comm::{TensorComm, Topology, agree};
 use crate::commands::deadline::Measured;
 use crate::commands::load::on_device;
 use crate::device::choice::Stored;
-use crate::model::WeightDtype;
 use crate::model::layers::Loader;
+use crate::model::{Activations, WeightDtype};
 use crate::stats::format;
 use crate::stats::process::peak_resident_bytes;
 use crate::train::batch::MicroBatch;
@@ -80,7 +80,10 @@ impl<'a> Training<'a> {
         let memory = check_memory(shared, args, plan, &topology, place.as_ref());
         agree(world, memory)?;
         let dtype = dtype_in_memory(args, place.as_ref());
-        let loader = Loader { source: &shared.checkpoint, comm, dtype, adapters: &[] };
+        // Gradients go back through the products that the passes forward take.
+        let activations = Activations::F32;
+        let source = &shared.checkpoint;
+        let loader = Loader { source, comm, dtype, activations, adapters: &[] };
         let (training, config) = (&args.training, lora_config(args));
         let (seed, recompute) = (training.seed, training.recompute);
         let model = TrainedModel::load(&loader, &config, seed, recompute, place.as_ref());

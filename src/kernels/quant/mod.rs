@@ -2,15 +2,15 @@
 //!
 //! A row is a whole number of blocks. Formats and their arithmetic: ggml's
 //! ggml-common.h and ggml-quants.c. A value is dequantized to the bits that ggml
-//! gives it, and a product takes it from there as an f32 weight: its result has
-//! the bits of [`gemm`](super::gemm) on the dequantized rows.
+//! gives it, and [`linear`] takes it from there as an f32 weight: its result has
+//! the bits of [`gemm`](super::gemm) on the dequantized rows. [`int8`] rounds the
+//! activations, as llama.cpp does, and multiplies integers: several times as fast.
 //!
-//! Left out: activations quantized to 8 bits for integer dot products (as llama.cpp
-//! does), which would make a result depend on more than f32 sums; the types with
-//! codebooks (iq*) and importance matrices.
+//! Left out: the types with codebooks (iq*) and importance matrices.
 
 mod back;
 mod format;
+pub mod int8;
 mod linear;
 mod quantize;
 

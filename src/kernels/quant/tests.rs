@@ -21,7 +21,7 @@ fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
 }
 
-fn bits(values: &[f32]) -> Vec<u32> {
+pub(super) fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|v| v.to_bits()).collect()
 }
 
@@ -77,7 +77,7 @@ fn what_cannot_be_quantized_is_refused() {
 }
 
 /// The last `count` golden blocks (random bytes, finite scales) in turn, odd bytes between rows.
-fn matrix_bytes(quant: QuantType, rows: usize, blocks: usize) -> (Vec<u8>, usize) {
+pub(super) fn matrix_bytes(quant: QuantType, rows: usize, blocks: usize) -> (Vec<u8>, usize) {
     let golden = golden(&format!("{}.blocks", quant.name()));
     let random = &golden[golden.len() - quant.row_bytes(1024)..];
     let mut chunks = random.chunks_exact(quant.block_bytes()).cycle();

@@ -5,7 +5,7 @@ use crate::comm::{HostTensorComm, LocalComm, TensorComm};
 use crate::device::collectives::HostStaged;
 use crate::kernels::tests::random;
 use crate::model::layers::Loader;
-use crate::model::{Checkpoint, WeightDtype};
+use crate::model::{Activations, Checkpoint, WeightDtype};
 use crate::train::lora::{LoraConfig, TargetModules};
 use crate::train::model::TrainedModel;
 
@@ -61,7 +61,13 @@ fn run(setting: &Setting) -> Passed {
             dtype,
             comm: Arc::new(HostStaged::new(comm.clone())),
         });
-        let loader = Loader { source: &checkpoint, comm, dtype: setting.quantize, adapters: &[] };
+        let loader = Loader {
+            source: &checkpoint,
+            comm,
+            dtype: setting.quantize,
+            activations: Activations::F32,
+            adapters: &[],
+        };
         let Setting { lora, recompute, .. } = setting;
         let mut model = TrainedModel::load(&loader, lora, 1, *recompute, place.as_ref()).unwrap();
         // B is zero at first, and would hide what goes through it.
