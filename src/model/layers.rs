@@ -17,12 +17,12 @@ use super::checkpoint::Checkpoint;
 use super::config::{ModelConfig, NormKind};
 use super::names::{Names, Place};
 use super::ops;
+use super::quantization::{Role, dtype_for};
 use super::weights::{Weight, WeightDtype};
 use crate::Result;
 use crate::comm::TensorComm;
 use crate::kernels::backward;
 use crate::kernels::ops as kernel;
-use crate::kernels::quant::QuantType;
 
 /// What layers need to load their share: the checkpoint, and the rank's place.
 pub struct Loader<'a> {
@@ -56,7 +56,7 @@ impl Loader<'_> {
             place,
             width,
             cols,
-            self.dtype.and_then(|d| for_width(d, width)),
+            self.dtype.and_then(|d| dtype_for(d, Role::Layer, width)),
         )
     }
 
@@ -71,16 +71,6 @@ impl Loader<'_> {
             &place.rows,
         )
     }
-}
-
-/// Rows that no block of `dtype` divides take blocks of 32, or keep their type (as
-/// llama.cpp's quantizer falls back).
-fn for_width(dtype: WeightDtype, width: usize) -> Option<WeightDtype> {
-    let WeightDtype::Quant(quant) = dtype else { return Some(dtype) };
-    [quant, QuantType::Q8_0]
-        .into_iter()
-        .find(|quant| width.is_multiple_of(quant.block_len()))
-        .map(WeightDtype::Quant)
 }
 
 /// The even share of `n` of a rank in a group of `size`.
@@ -277,19 +267,14 @@ pub struct VocabParallel {
 }
 
 impl VocabParallel {
-    /// Loads this rank's rows of the matrix `name` of shape `[vocab, hidden]`. Where the
-    /// layers are quantized to four bits it takes six: what it gives is the last word.
+    /// Loads this rank's rows of the matrix `name` of shape `[vocab, hidden]`.
     ///
     /// # Errors
     /// See [`TensorTable::matrix`](super::checkpoint::TensorTable::matrix).
     pub fn load(l: &Loader, name: &str, shape: [usize; 2]) -> Result<Self> {
         let ids = l.share(shape[0]);
         let place = Place::new(name.to_owned(), shape[0], ids.clone());
-        let dtype = match l.dtype {
-            Some(WeightDtype::Quant(QuantType::Q4_K)) => Some(WeightDtype::Quant(QuantType::Q6_K)),
-            dtype => dtype,
-        };
-        let dtype = dtype.and_then(|d| for_width(d, shape[1]));
+        let dtype = l.dtype.and_then(|d| dtype_for(d, Role::Vocabulary, shape[1]));
         let weight = l.source.tensors().matrix(&place, shape[1], 0..shape[1], dtype)?;
         Ok(Self {
             weight: Arc::new(weight),

@@ -14,6 +14,7 @@ pub mod mlp;
 pub mod moe;
 pub mod names;
 pub mod ops;
+pub mod quantization;
 pub mod rope;
 pub mod runner;
 pub mod sampling;
