@@ -15,7 +15,6 @@ use std::time::Duration;
 use clap::builder::{BoolishValueParser, NonEmptyStringValueParser};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::kernels::quant::QuantType;
 use crate::model::{AdapterSource, WeightDtype};
 use crate::slurm;
 pub use crate::stats::progress::ProgressMode;
@@ -165,6 +164,9 @@ pub struct StageCommandArgs {
     #[arg(long, env = "FARM_STAGE_DIR", value_name = "DIR", help_heading = "Staging")]
     #[arg(default_value = DEFAULT_STAGE_DIR)]
     pub stage_dir: PathBuf,
+    /// Quantize the weights on their way, for jobs with the same --quantize
+    #[arg(long, env = "FARM_QUANTIZE", value_name = "FORMAT", help_heading = "Model")]
+    pub quantize: Option<Quantize>,
     /// The log on stderr.
     #[command(flatten)]
     pub log: LogArgs,
@@ -332,8 +334,11 @@ pub struct WeightsArgs {
     /// has no bf16 (below compute capability 8.0) takes f16 instead and says so.
     #[arg(long, env = "FARM_DTYPE", value_name = "DTYPE", default_value = "auto")]
     pub dtype: Dtype,
-    /// Quantize the weights while loading, by llama.cpp's block formats, to save memory
+    /// Quantize the weights by llama.cpp's block formats, to save memory
     ///
+    /// It is done while the model is staged: the ranks of all nodes work on it together, and those
+    /// of a node share one copy, which a later job with the same format finds. A GGUF model, and
+    /// one that is not staged, is quantized by each rank while it loads, to the same bytes.
     /// Matrices that are quantized already stay as they are; rows that the format's blocks do not
     /// divide take q8_0, or keep their type. With q4_k embedding and output projection take q6_k.
     #[arg(long, env = "FARM_QUANTIZE", value_name = "FORMAT", conflicts_with = "dtype")]
@@ -459,11 +464,7 @@ impl WeightsArgs {
     /// CPU is f32; half-precision weights are widened exactly.)
     pub fn dtype_in_memory(&self) -> Option<WeightDtype> {
         if let Some(quantize) = self.quantize {
-            return Some(WeightDtype::Quant(match quantize {
-                Quantize::Q8_0 => QuantType::Q8_0,
-                Quantize::Q4K => QuantType::Q4_K,
-                Quantize::Q6K => QuantType::Q6_K,
-            }));
+            return Some(WeightDtype::Quant(quantize.into()));
         }
         match self.dtype {
             Dtype::Auto => None,

@@ -13,10 +13,13 @@ use std::time::{Duration, Instant};
 
 use farm::ErrorKind;
 use farm::comm::NoTensorComm;
+use farm::kernels::quant::QuantType;
 use farm::model::StepBatch;
+use farm::model::checkpoint::QuantizedFile;
 use farm::model::tokenizer::Tokenizer;
 use farm::model::{
-    Activations, BatchSequence, Checkpoint, LoadOptions, LogitsWanted, ModelRunner, Preflight, Runner,
+    Activations, BatchSequence, Checkpoint, LoadOptions, LogitsWanted, ModelRunner, Preflight,
+    Runner,
 };
 
 /// Refuses what no small file can need: an unchecked count shows as an abort.
@@ -44,8 +47,9 @@ unsafe impl GlobalAlloc for Bounded {
 static ALLOCATOR: Bounded = Bounded;
 
 /// A model of the golden cases, and the file of it that is damaged.
-const KINDS: [(&str, &str); 12] = [
+const KINDS: [(&str, &str); 13] = [
     ("llama_tied", "model.safetensors"),
+    (QUANTIZED, "model.safetensors"),
     ("llama_tied", "config.json"),
     ("llama_tied", "tokenizer.json"),
     ("llama_gqa", "model.safetensors.index.json"),
@@ -59,12 +63,22 @@ const KINDS: [(&str, &str); 12] = [
     ("gguf", "llama_split-00002-of-00003.gguf"),
 ];
 
+/// `llama_tied` as it is staged with `--quantize`.
+const QUANTIZED: &str = "llama_tied quantized";
+
 #[test]
 fn damaged_files_are_models_or_errors() {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     for (case, file) in KINDS {
         let dir = tempfile::tempdir().unwrap();
-        let model = copy_case(&golden.join(case), dir.path(), file);
+        let source = case.split(' ').next().unwrap();
+        let model = copy_case(&golden.join(source), dir.path(), file);
+        if case == QUANTIZED {
+            let made = QuantizedFile::open(&golden.join(source), QuantType::Q8_0).unwrap().unwrap();
+            let mut bytes = vec![0; made.bytes() as usize];
+            made.read_at(0, &mut bytes).unwrap();
+            std::fs::write(model.join(file), bytes).unwrap();
+        }
         load(&model).unwrap_or_else(|e| panic!("{case} undamaged: {}", e.message));
         let whole = std::fs::read(dir.path().join(file)).unwrap();
         for seed in seeds() {

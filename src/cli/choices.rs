@@ -2,6 +2,8 @@
 
 use clap::ValueEnum;
 
+use crate::kernels::quant::QuantType;
+
 /// `--prompts-format`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum PromptsFormat {
@@ -66,6 +68,16 @@ pub enum Quantize {
     /// 6.6 bits a weight, blocks of 256.
     #[value(name = "q6_k")]
     Q6K,
+}
+
+impl From<Quantize> for QuantType {
+    fn from(quantize: Quantize) -> Self {
+        match quantize {
+            Quantize::Q8_0 => QuantType::Q8_0,
+            Quantize::Q4K => QuantType::Q4_K,
+            Quantize::Q6K => QuantType::Q6_K,
+        }
+    }
 }
 
 /// `--activations`.

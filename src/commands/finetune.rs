@@ -18,7 +18,7 @@ use crate::cli::FinetuneArgs;
 use crate::comm::{Communicator, HostTensorComm, Topology, agree, broadcast_vec};
 use crate::commands::deadline::Deadline;
 use crate::commands::device::Devices;
-use crate::commands::generate::{pin_kernels, sources, stage_model};
+use crate::commands::generate::{pin_kernels, stage_model};
 use crate::commands::launch::Rank;
 use crate::commands::signals::StopSignal;
 use crate::model::Checkpoint;
@@ -84,7 +84,7 @@ pub fn run(args: &FinetuneArgs, rank: &Rank) -> Result<i32> {
         }
         return Ok(0);
     }
-    let staged = stage_model(&args.staging, sources(&args.model), &topology)?;
+    let staged = stage_model(&args.staging, &args.model, &topology)?;
     let checkpoint = agree(world, Checkpoint::open(&staged.model_path))?;
     let deadline = plans[0].deadline;
     let shared = Shared { rank, devices, stop, deadline, start, train, validation, checkpoint };

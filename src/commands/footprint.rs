@@ -1,8 +1,8 @@
 //! How much memory a rank's share of a model takes, from the model's shape and its headers.
 
 use crate::kernels::attention::BLOCK_SIZE;
-use crate::kernels::quant::QuantType;
 use crate::model::checkpoint::{StoredDtype, Tensor, TensorTable};
+use crate::model::quantization::{Role, dtype_for, role};
 use crate::model::{ModelConfig, WeightDtype};
 
 /// Bytes of a rank's weight matrices, estimated: norms, biases and padding left out.
@@ -29,6 +29,8 @@ pub fn weights(
     size: usize,
 ) -> RankWeights {
     let stored = stored_widths(config, tensors);
+    // Blocks are not quantized again: a copy that was quantized when it was staged is mapped.
+    let dtype = dtype.filter(|dtype| !is_quantized(*dtype, config, tensors));
     let widths = dtype.map_or(stored, widths);
     let bytes = |values: u64, width: f64| (values as f64 * width) as u64;
     let [column_parallel, row_parallel] = layer_values(config, size);
@@ -81,18 +83,19 @@ fn layer_values(config: &ModelConfig, size: usize) -> [u64; 2] {
     values
 }
 
-fn widths(dtype: WeightDtype) -> Widths {
-    let of_blocks = |quant: QuantType| quant.block_bytes() as f64 / quant.block_len() as f64;
-    let [layers, vocabulary] = match dtype {
-        WeightDtype::F32 => [4.0; 2],
-        WeightDtype::Bf16 | WeightDtype::F16 => [2.0; 2],
-        // As the loader has it: what the last projection gives is the last word.
-        WeightDtype::Quant(QuantType::Q4_K) => {
-            [of_blocks(QuantType::Q4_K), of_blocks(QuantType::Q6_K)]
-        }
-        WeightDtype::Quant(quant) => [of_blocks(quant); 2],
-    };
-    Widths { layers, vocabulary }
+fn widths(asked: WeightDtype) -> Widths {
+    // Of rows that every type of blocks divides.
+    const WIDTH: usize = 256;
+    let of = |role| dtype_for(asked, role, WIDTH).unwrap_or(asked).bytes_a_value();
+    Widths { layers: of(Role::Layer), vocabulary: of(Role::Vocabulary) }
+}
+
+/// Whether the layers are what `dtype` would make them: blocks.
+fn is_quantized(dtype: WeightDtype, config: &ModelConfig, tensors: &TensorTable) -> bool {
+    let in_layer = |name: &str| role(config, name) == Some(Role::Layer);
+    let is_blocks = |tensor: &Tensor| matches!(tensor.dtype, StoredDtype::Quant(_));
+    let mut layers = tensors.iter().filter(|(name, _)| in_layer(name));
+    matches!(dtype, WeightDtype::Quant(_)) && layers.all(|(_, tensor)| is_blocks(tensor))
 }
 
 /// Means over the checkpoint's matrices.
@@ -124,6 +127,7 @@ mod tests {
 
     use super::*;
     use crate::comm::NoTensorComm;
+    use crate::kernels::quant::QuantType;
     use crate::model::{Activations, Checkpoint, LoadOptions, ModelRunner};
 
     /// Estimates against what a loaded model says of itself, alone in its group; nothing of the

@@ -266,7 +266,7 @@ impl Job {
     }
 
     fn stage(&self, topology: &Topology, events: &mut EventLog, start: Instant) -> Result<Staged> {
-        let staged = stage_model(&self.staging, self.sources(), topology)?;
+        let staged = stage_model(&self.staging, &self.model.weights, topology)?;
         events.emit(start.elapsed(), "stage", json!(staged.report));
         Ok(staged)
     }
@@ -283,7 +283,7 @@ pub fn sources(weights: &cli::WeightsArgs) -> ModelPaths {
 /// See [`stage::stage`].
 pub fn stage_model(
     flags: &cli::StagingArgs,
-    sources: ModelPaths,
+    weights: &cli::WeightsArgs,
     topology: &Topology,
 ) -> Result<Staged> {
     let options = StageOptions {
@@ -293,7 +293,8 @@ pub fn stage_model(
             cli::StageFallback::InPlace => StageFallback::InPlace,
         },
         no_stage: flags.no_stage,
-        ..StageOptions::new(sources, &flags.stage_dir)
+        quantize: weights.quantize.map(Into::into),
+        ..StageOptions::new(sources(weights), &flags.stage_dir)
     };
     let staged = stage::stage(topology, &options)?;
     if let (Some(reason), false, 0) =

@@ -147,8 +147,9 @@ fn job_facts(facts: &Facts) -> JobFacts {
 
 fn stage_stats(facts: &Facts) -> Option<StageStats> {
     let report = &facts.staged.report;
-    (!facts.job.staging.no_stage).then(|| {
-        StageStats::new(
+    (!facts.job.staging.no_stage).then(|| StageStats {
+        quantized: report.quantized.clone(),
+        ..StageStats::new(
             report.bytes_read_source,
             report.bytes_staged,
             report.bytes_reused,

@@ -17,12 +17,12 @@ use super::checkpoint::Source;
 use super::config::{ModelConfig, NormKind};
 use super::names::{Names, Place};
 use super::ops;
+use super::quantization::{Role, dtype_for};
 use super::weights::{Activations, Weight, WeightDtype};
 use crate::Result;
 use crate::comm::TensorComm;
 use crate::kernels::backward;
 use crate::kernels::ops as kernel;
-use crate::kernels::quant::QuantType;
 
 /// What layers need to load their share: the model's tensors, and the rank's place.
 pub struct Loader<'a> {
@@ -54,18 +54,18 @@ impl Loader<'_> {
     /// # Errors
     /// See [`TensorTable::matrix`](super::checkpoint::TensorTable::matrix).
     pub fn matrix(&self, place: &Place, width: usize, cols: Range<usize>) -> Result<Weight> {
-        self.matrix_as(place, width, cols, self.dtype)
+        self.matrix_of(Role::Layer, place, width, cols)
     }
 
-    /// The same, as `dtype`.
-    fn matrix_as(
+    /// The same of a matrix of any role.
+    fn matrix_of(
         &self,
+        role: Role,
         place: &Place,
         width: usize,
         cols: Range<usize>,
-        dtype: Option<WeightDtype>,
     ) -> Result<Weight> {
-        let dtype = dtype.and_then(|d| for_width(d, width));
+        let dtype = self.dtype.and_then(|dtype| dtype_for(dtype, role, width));
         let weight = self.source.matrix(place, width, cols, dtype)?;
         Ok(weight.with_activations(self.activations))
     }
@@ -77,16 +77,6 @@ impl Loader<'_> {
     pub fn bias(&self, place: &Place) -> Result<Vec<f32>> {
         self.source.vector(&format!("{}.bias", place.name), place.stored_rows, &place.rows)
     }
-}
-
-/// Rows that no block of `dtype` divides take blocks of 32, or keep their type (as
-/// llama.cpp's quantizer falls back).
-fn for_width(dtype: WeightDtype, width: usize) -> Option<WeightDtype> {
-    let WeightDtype::Quant(quant) = dtype else { return Some(dtype) };
-    [quant, QuantType::Q8_0]
-        .into_iter()
-        .find(|quant| width.is_multiple_of(quant.block_len()))
-        .map(WeightDtype::Quant)
 }
 
 /// The even share of `n` of a rank in a group of `size`.
@@ -279,19 +269,14 @@ pub struct VocabParallel {
 }
 
 impl VocabParallel {
-    /// Loads this rank's rows of the matrix `name` of shape `[vocab, hidden]`. Where the
-    /// layers are quantized to four bits it takes six: what it gives is the last word.
+    /// Loads this rank's rows of the matrix `name` of shape `[vocab, hidden]`.
     ///
     /// # Errors
     /// See [`TensorTable::matrix`](super::checkpoint::TensorTable::matrix).
     pub fn load(l: &Loader, name: &str, shape: [usize; 2]) -> Result<Self> {
         let ids = l.share(shape[0]);
         let place = Place::new(name.to_owned(), shape[0], ids.clone());
-        let dtype = match l.dtype {
-            Some(WeightDtype::Quant(QuantType::Q4_K)) => Some(WeightDtype::Quant(QuantType::Q6_K)),
-            dtype => dtype,
-        };
-        let weight = l.matrix_as(&place, shape[1], 0..shape[1], dtype)?;
+        let weight = l.matrix_of(Role::Vocabulary, &place, shape[1], 0..shape[1])?;
         Ok(Self {
             weight: Arc::new(weight),
             ids,

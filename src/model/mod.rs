@@ -15,6 +15,7 @@ pub mod moe;
 pub mod names;
 pub mod ops;
 pub mod preflight;
+pub mod quantization;
 pub mod rope;
 pub mod runner;
 pub mod sampling;

@@ -18,7 +18,7 @@ use super::config::ModelConfig;
 use super::decoder::Decoder;
 use super::layers::Loader;
 use super::names::Place;
-use super::weights::{Weight, WeightDtype};
+use super::weights::{Activations, Weight, WeightDtype};
 use crate::comm::NoTensorComm;
 use crate::{Error, Result};
 
@@ -52,7 +52,9 @@ impl Preflight {
     pub fn new(config: &ModelConfig, tensors: &TensorTable) -> Result<Self> {
         let headers = Headers { config, tensors, asked: RefCell::default() };
         let comm = Arc::new(NoTensorComm);
-        let loaded = Decoder::load(&Loader { source: &headers, comm, dtype: None, adapters: &[] });
+        let activations = Activations::F32;
+        let loader = Loader { source: &headers, comm, dtype: None, activations, adapters: &[] };
+        let loaded = Decoder::load(&loader);
         let Asked { names, problems } = headers.asked.into_inner();
         if problems.is_empty() {
             loaded?;

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use memmap2::Mmap;
+use rayon::prelude::*;
 
 use crate::Result;
 use crate::kernels::gemm::{self, Element, Matrix};
@@ -82,6 +83,12 @@ pub(super) enum Store<E> {
 }
 
 impl<E: Plain> Store<E> {
+    fn bytes(&self) -> &[u8] {
+        let values = self.as_slice();
+        // SAFETY: as long as the values, which have no padding.
+        unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+    }
+
     fn as_slice(&self) -> &[E] {
         match self {
             Store::Owned(values) => values,
@@ -221,6 +228,16 @@ impl Weight {
         }
     }
 
+    /// The bytes of the values, row-major.
+    pub fn stored_bytes(&self) -> &[u8] {
+        match &self.values {
+            Values::F32(s) => s.bytes(),
+            Values::Bf16(s) => s.bytes(),
+            Values::F16(s) => s.bytes(),
+            Values::Quant { blocks, .. } => blocks.bytes(),
+        }
+    }
+
     /// `out[m, rows] = x[m, cols] · selfᵀ + bias`.
     pub fn multiply(&self, x: &[f32], m: usize, bias: Option<&[f32]>, out: &mut [f32]) {
         match &self.values {
@@ -304,9 +321,9 @@ impl Weight {
         for first in (0..self.rows).step_by(ROWS_AT_ONCE) {
             let rows = ROWS_AT_ONCE.min(self.rows - first);
             let wide = &mut wide[..rows * self.cols];
-            for (row, out) in (first..).zip(wide.chunks_exact_mut(self.cols.max(1))) {
-                self.read_row(row, out);
-            }
+            wide.par_chunks_exact_mut(self.cols.max(1))
+                .enumerate()
+                .for_each(|(row, out)| self.read_row(first + row, out));
             quant::quantize_rows(quant, wide, self.cols, &mut blocks)?;
         }
         let blocks = Store::Owned(blocks);

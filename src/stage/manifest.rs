@@ -14,7 +14,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::sources::{ModelPaths, model_name, resolved};
-use crate::model::checkpoint::{Format, ModelFiles};
+use crate::kernels::quant::QuantType;
+use crate::model::checkpoint::{Format, ModelFiles, QUANTIZER_VERSION, QuantizedFile};
 use crate::{Error, Result};
 
 /// What describes a model, beside its weights.
@@ -30,6 +31,9 @@ const TEXT_FILES: [&str; 4] = [
 const TOKENIZER_FILES: [&str; 5] =
     ["tokenizer.json", "tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt"];
 
+/// The weights of a copy that is quantized while it is staged.
+const QUANTIZED_FILE: &str = "model.safetensors";
+
 /// One file of the model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileEntry {
@@ -41,6 +45,9 @@ pub struct FileEntry {
     pub bytes: u64,
     /// Time of the last change, nanoseconds since 1970.
     pub mtime_ns: i64,
+    /// Whether it is made from the model at `source` while it is staged.
+    #[serde(default)]
+    pub made: bool,
 }
 
 /// The files that a run needs, as they are at their sources.
@@ -52,6 +59,8 @@ pub struct Manifest {
     pub files: Vec<FileEntry>,
     /// Short hash of sources, sizes and times: another state has another key.
     pub key: String,
+    /// What the weights are quantized to in the copy, where they are.
+    pub quantized: Option<String>,
     /// What to load where nothing is copied.
     pub in_place: ModelPaths,
     /// The same below a copy.
@@ -97,7 +106,36 @@ impl Manifest {
             tokenizer.as_deref().map(|path| listing.add_tokenizer(path)).transpose()?;
         let in_place = ModelPaths { model, tokenizer };
         let files = listing.entries()?;
-        Ok(Self { name, key: key_of(&files), files, in_place, below_copy })
+        Ok(Self { name, key: key_of(&files), quantized: None, files, in_place, below_copy })
+    }
+
+    /// The same with the weights quantized on their way into one file; as it is where the
+    /// model has nothing to quantize, or is in a form that is quantized while it is loaded.
+    ///
+    /// # Errors
+    /// See [`QuantizedFile::open`].
+    pub fn quantized(mut self, quant: QuantType) -> Result<Self> {
+        let model = &self.in_place.model;
+        let Some(file) = QuantizedFile::open(model, quant)? else { return Ok(self) };
+        let found = ModelFiles::find(model)?;
+        let is_weights = |file: &FileEntry| {
+            index(found.format) == Some(&file.path)
+                || found.weights.iter().any(|path| file_name(path).is_ok_and(|p| p == file.path))
+        };
+        let mtime_ns = 0; // Those of the files that it is made from are in the key.
+        self.files.retain(|file| !is_weights(file));
+        self.files.push(FileEntry {
+            path: QUANTIZED_FILE.into(),
+            source: model.clone(),
+            bytes: file.bytes(),
+            mtime_ns,
+            made: true,
+        });
+        self.files.sort_by(|a, b| a.path.cmp(&b.path));
+        let key = format!("{} {} {QUANTIZER_VERSION}", self.key, quant.name());
+        self.key = short_hash([key]);
+        self.quantized = Some(quant.name().to_owned());
+        Ok(self)
     }
 
     /// Bytes of all files.
@@ -120,7 +158,11 @@ impl Manifest {
     pub fn copy_name(&self) -> String {
         let name = safe_name(&self.name);
         let name = name.trim_start_matches('.');
-        format!("{}-{}", &name[..name.len().min(80)], self.key)
+        let name = &name[..name.len().min(80)];
+        match &self.quantized {
+            Some(quant) => format!("{name}-{quant}-{}", self.key),
+            None => format!("{name}-{}", self.key),
+        }
     }
 }
 
@@ -171,7 +213,7 @@ impl Listing {
                 .and_then(|file| file.metadata())
                 .map_err(|e| Error::input(format!("model file {}: {e}", source.display())))?;
             let mtime_ns = meta.mtime().wrapping_mul(1_000_000_000).wrapping_add(meta.mtime_nsec());
-            Ok(FileEntry { path, source, bytes: meta.len(), mtime_ns })
+            Ok(FileEntry { path, source, bytes: meta.len(), mtime_ns, made: false })
         };
         self.0.into_iter().map(entry).collect()
     }
@@ -214,16 +256,24 @@ fn file_name(path: &Path) -> Result<&str> {
 }
 
 fn key_of(files: &[FileEntry]) -> String {
+    let parts = files.iter().flat_map(|file| {
+        [
+            file.path.as_bytes().to_vec(),
+            file.source.as_os_str().as_encoded_bytes().to_vec(),
+            file.bytes.to_le_bytes().to_vec(),
+            file.mtime_ns.to_le_bytes().to_vec(),
+        ]
+    });
+    short_hash(parts)
+}
+
+/// Of parts that are told apart by their lengths.
+fn short_hash(parts: impl IntoIterator<Item = impl AsRef<[u8]>>) -> String {
     let mut hasher = blake3::Hasher::new();
-    let mut add = |bytes: &[u8]| {
-        hasher.update(&(bytes.len() as u64).to_le_bytes());
-        hasher.update(bytes);
-    };
-    for file in files {
-        add(file.path.as_bytes());
-        add(file.source.as_os_str().as_encoded_bytes());
-        add(&file.bytes.to_le_bytes());
-        add(&file.mtime_ns.to_le_bytes());
+    for part in parts {
+        let part = part.as_ref();
+        hasher.update(&(part.len() as u64).to_le_bytes());
+        hasher.update(part);
     }
     hasher.finalize().to_hex()[..16].to_owned()
 }

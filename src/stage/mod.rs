@@ -3,7 +3,7 @@
 //!
 //! [`stage`] is the story: [`sources`] and [`manifest`] say which files, [`cache`] locks the node's
 //! copy, [`copy`] checks a copy that is there, [`space`] how much a node can take;
-//! [`plan`] decides, [`transfer`] moves. [`Staged`] holds the copy until it is dropped.
+//! [`plan`] decides, [`make`] quantizes where that is asked for, [`transfer`] moves. [`Staged`] holds the copy until it is dropped.
 //! Left out: moving only the slices that a node's ranks need; every node gets all files.
 
 use std::path::{Path, PathBuf};
@@ -13,10 +13,12 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::comm::{Communicator, Topology, agree_as, broadcast_vec};
+use crate::kernels::quant::QuantType;
 use crate::{Error, Result};
 
 pub mod cache;
 pub mod copy;
+pub mod make;
 pub mod manifest;
 pub mod plan;
 pub mod sources;
@@ -25,6 +27,7 @@ pub mod transfer;
 
 use cache::Lease;
 use copy::{ChunkFiles, CopyRecord, Hash};
+use make::{Made, Order};
 use manifest::Manifest;
 use plan::{Action, Chunk, CopyState, NodeState, Source, StagePlan};
 use sources::ModelPaths;
@@ -51,6 +54,8 @@ pub struct StageOptions {
     pub fallback: StageFallback,
     /// `--no-stage`: read the model where it is.
     pub no_stage: bool,
+    /// `--quantize`: quantize the weights on their way.
+    pub quantize: Option<QuantType>,
     /// Bytes of a chunk; [`CHUNK_BYTES`] but in tests.
     pub chunk_bytes: usize,
 }
@@ -64,6 +69,7 @@ impl StageOptions {
             keep: false,
             fallback: StageFallback::Error,
             no_stage: false,
+            quantize: None,
             chunk_bytes: CHUNK_BYTES,
         }
     }
@@ -72,8 +78,10 @@ impl StageOptions {
 /// What staging did, summed over the nodes; the same on every rank.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct StageReport {
-    /// Bytes of the model's files.
+    /// Bytes of the model's files, as they are staged.
     pub model_bytes: u64,
+    /// What the weights were quantized to on their way, if they were.
+    pub quantized: Option<String>,
     /// Bytes read from where the model is.
     pub bytes_read_source: u64,
     /// Bytes written to copies and verified.
@@ -124,7 +132,7 @@ impl Staged {
 pub fn stage(topology: &Topology, options: &StageOptions) -> Result<Staged> {
     let started = Instant::now();
     let world = &*topology.world;
-    let manifest = read_manifest(world, &options.sources)?;
+    let manifest = read_manifest(world, options)?;
     if options.no_stage {
         let report = StageReport {
             model_bytes: manifest.bytes(),
@@ -134,11 +142,21 @@ pub fn stage(topology: &Topology, options: &StageOptions) -> Result<Staged> {
         };
         return Ok(Staged::new(manifest.in_place, report, None));
     }
-    let mut staged = topology
-        .leaders
-        .as_ref()
-        .map(|leaders| Leader { leaders: &**leaders, world, manifest: &manifest, options }.stage())
-        .transpose();
+    let chunks = plan::chunks(&manifest.files, options.chunk_bytes);
+    let (manifest, chunks) = (&manifest, &chunks[..]);
+    let leader = topology.leaders.as_ref();
+    let leader =
+        leader.map(|leaders| Leader { leaders: &**leaders, world, manifest, chunks, options });
+    let prepared = leader.as_ref().map(Leader::prepare).transpose();
+    let mut made = Ok(Made::default());
+    if manifest.quantized.is_some() {
+        let order = prepared.as_ref().ok().and_then(|p| p.as_ref()).and_then(Prepared::order);
+        made = make::on_node(&*topology.node, order.as_ref(), manifest, chunks, options);
+    }
+    let mut staged = prepared.and_then(|prepared| match (&leader, prepared) {
+        (Some(leader), Some(prepared)) => leader.carry_out(prepared, made).map(Some),
+        _ => Ok(None),
+    });
     if let Ok(Some(StagedHere { report, .. })) = &mut staged {
         let seconds = started.elapsed().as_secs_f64();
         report.stage_seconds = seconds;
@@ -148,13 +166,30 @@ pub fn stage(topology: &Topology, options: &StageOptions) -> Result<Staged> {
 }
 
 /// Read by rank 0 only: thousands of ranks asking at once is what staging is to avoid.
-fn read_manifest(world: &dyn Communicator, sources: &ModelPaths) -> Result<Manifest> {
+fn read_manifest(world: &dyn Communicator, options: &StageOptions) -> Result<Manifest> {
     let first = world.rank() == 0;
     // A model that is missing is no matter of rank 0: the message stays without it.
-    let read = first.then(|| Manifest::read(sources)).transpose();
+    let read = first.then(|| manifest(options)).transpose();
     let text = broadcast_vec(world, 0, encode(&read));
     let read: Result<Option<Manifest>> = decode(&text)?;
     read?.ok_or_else(|| Error::fault("rank 0 sent no manifest"))
+}
+
+/// What is to be staged.
+fn manifest(options: &StageOptions) -> Result<Manifest> {
+    let manifest = Manifest::read(&options.sources)?;
+    match options.quantize {
+        Some(quant) if !options.no_stage => manifest.quantized(quant),
+        _ => Ok(manifest),
+    }
+}
+
+/// A model that was written to while it was read would be a mixture.
+fn changed(options: &StageOptions) -> Error {
+    Error::input(format!(
+        "--model {}: changed while it was being staged; start again once it is complete",
+        options.sources.model.display()
+    ))
 }
 
 /// What a leader has on its node.
@@ -183,6 +218,7 @@ struct Leader<'a> {
     leaders: &'a dyn Communicator,
     world: &'a dyn Communicator,
     manifest: &'a Manifest,
+    chunks: &'a [Chunk],
     options: &'a StageOptions,
 }
 
@@ -192,28 +228,62 @@ struct Found {
     record: Option<CopyRecord>,
 }
 
+/// A node before anything is moved: all nodes have the same plan, and places to write to.
+struct Prepared {
+    lease: Option<Lease>,
+    plan: StagePlan,
+    /// This node.
+    here: usize,
+    /// What the chunks must be, if a node has a copy.
+    expected: Option<Vec<Hash>>,
+    destination: Option<(PathBuf, ChunkFiles)>,
+}
+
+impl Prepared {
+    fn action(&self) -> &Action {
+        &self.plan.actions[self.here]
+    }
+
+    /// What the ranks of this node are to make.
+    fn order(&self) -> Option<Order> {
+        let chunks = self.plan.makes[self.here].clone();
+        let (copy, _) = self.destination.as_ref().filter(|_| !chunks.is_empty())?;
+        let (copy, expected) = (copy.clone(), self.expected.clone());
+        Some(Order { copy, chunks, expected, reports: self.here == 0 })
+    }
+}
+
 impl Leader<'_> {
-    fn stage(&self) -> Result<StagedHere> {
-        let chunks = plan::chunks(&self.manifest.files, self.options.chunk_bytes);
+    /// All that comes before bytes are moved.
+    fn prepare(&self) -> Result<Prepared> {
         // A node without a usable stage directory may yet read in place: no error here.
         let cache = cache::open_cache(&self.options.stage_dir);
-        let mut lease = self.lock(cache.as_deref())?;
-        let found = self.agree(self.look(&cache, lease.as_ref(), &chunks))?;
+        let lease = self.lock(cache.as_deref())?;
+        let found = self.agree(self.look(&cache, lease.as_ref()))?;
         let states = self.exchange(&found.state)?;
-        let plan = StagePlan::new(&chunks, &states, self.options.fallback)?;
-        let action = &plan.actions[self.leaders.rank()];
-        let moved = self.transfer(&plan, &chunks, &found, lease.as_ref())?;
-        if let Some(lease) = &mut lease {
+        let plan = StagePlan::new(self.chunks, &states, self.options.fallback)?;
+        let here = self.leaders.rank();
+        let expected = self.trusted_hashes(&plan, &found)?;
+        let opened = self.open_destination(&plan.actions[here], lease.as_ref());
+        let destination = self.agree(opened)?;
+        Ok(Prepared { lease, plan, here, expected, destination })
+    }
+
+    /// Moves what is to be moved, with what this node's ranks have `made` for it.
+    fn carry_out(&self, mut prepared: Prepared, made: Result<Made>) -> Result<StagedHere> {
+        let made = self.agree(made)?;
+        let moved = self.transfer(&prepared, &made)?;
+        if let Some(lease) = &mut prepared.lease {
             lease.end_build();
         }
-        let in_place = matches!(action, Action::InPlace(_));
+        let in_place = matches!(prepared.action(), Action::InPlace(_));
+        let report = self.report(&prepared.plan, &made, moved)?;
         // A lease on nothing would only leave its lock files.
-        let lease = lease.filter(|_| !in_place);
+        let lease = prepared.lease.filter(|_| !in_place);
         let paths = match &lease {
             Some(lease) => self.manifest.in_copy(&lease.complete()),
             None => self.manifest.in_place.clone(),
         };
-        let report = self.report(&plan, &chunks, moved)?;
         Ok(StagedHere { paths, report, lease })
     }
 
@@ -253,12 +323,7 @@ impl Leader<'_> {
     }
 
     /// Looks at this node: a copy, what is good of it, room for another.
-    fn look(
-        &self,
-        cache: &Result<PathBuf>,
-        lease: Option<&Lease>,
-        chunks: &[Chunk],
-    ) -> Result<Found> {
+    fn look(&self, cache: &Result<PathBuf>, lease: Option<&Lease>) -> Result<Found> {
         let host = self.leaders.host().to_owned();
         let (Ok(cache), Some(lease)) = (cache, lease) else {
             let reason = cache.as_ref().err().map_or_else(String::new, |error| error.to_string());
@@ -275,7 +340,7 @@ impl Leader<'_> {
         }
         let complete = lease.complete();
         let record = CopyRecord::load(&complete, self.manifest, self.options.chunk_bytes);
-        let bad = record.as_ref().and_then(|record| record.bad_chunks(&complete, chunks));
+        let bad = record.as_ref().and_then(|record| record.bad_chunks(&complete, self.chunks));
         let copy = record.as_ref().zip(bad);
         let copy = copy.map(|(record, bad)| CopyState { digest: record.digest(), bad });
         if copy.is_none() {
@@ -286,41 +351,47 @@ impl Leader<'_> {
     }
 
     /// Carries out the plan on this node. Nothing follows a failure anywhere.
-    fn transfer(
-        &self,
-        plan: &StagePlan,
-        chunks: &[Chunk],
-        found: &Found,
-        lease: Option<&Lease>,
-    ) -> Result<Vec<(Source, Moved)>> {
-        let here = self.leaders.rank();
-        let action = &plan.actions[here];
-        let expected = self.trusted_hashes(plan, found)?;
-        let destination = self.agree(self.open_destination(action, lease))?;
-        let mut hashes: Vec<Hash> = expected.clone().unwrap_or(vec![Hash::default(); chunks.len()]);
+    fn transfer(&self, prepared: &Prepared, made: &Made) -> Result<Vec<(Source, Moved)>> {
+        let Prepared { lease, plan, here, expected, destination } = prepared;
+        let unknown = || vec![Hash::default(); self.chunks.len()];
+        let mut hashes: Vec<Hash> = expected.clone().unwrap_or_else(unknown);
+        for &(chunk, hash) in &made.hashes {
+            hashes[chunk] = hash;
+        }
         let mut moved = Vec::new();
         for phase in &plan.phases {
-            let source = match (phase.reader == here, phase.source, lease) {
-                (false, ..) | (_, Source::Copy, None) => Ok(None),
-                (true, Source::Model, _) => ChunkFiles::open_source(&self.manifest.files).map(Some),
-                (true, Source::Copy, Some(lease)) => {
-                    ChunkFiles::open(&lease.complete(), &self.manifest.files).map(Some)
-                }
+            let reads = phase.reader == *here;
+            let source = match phase.source {
+                Source::Model if reads => ChunkFiles::open_source(&self.manifest.files).map(Some),
+                Source::Copy | Source::Made if reads => self.open_copy(prepared, phase.source),
+                _ => Ok(None),
             };
             let source = self.agree(source)?;
+            let is_maker = reads && phase.source == Source::Made;
             let node = Node {
                 leaders: self.leaders,
-                chunks,
-                action,
+                chunks: self.chunks,
+                // What a node made is there.
+                action: if is_maker { &Action::Reuse } else { prepared.action() },
                 source: source.as_ref(),
-                destination: destination.as_ref(),
+                destination: destination.as_ref().map(|(_, files)| files),
                 expected: expected.as_deref(),
             };
             moved.push((phase.source, self.agree(run_phase(&node, phase, &mut hashes))?));
         }
         self.agree(self.check_unchanged(plan))?;
-        self.agree(self.publish(action, lease, hashes))?;
+        self.agree(self.publish(prepared.action(), lease.as_ref(), hashes))?;
         Ok(moved)
+    }
+
+    /// This node's copy, or what it has made of one, to pass on.
+    fn open_copy(&self, prepared: &Prepared, source: Source) -> Result<Option<ChunkFiles>> {
+        let directory = match (source, &prepared.destination, &prepared.lease) {
+            (Source::Made, Some((copy, _)), _) => copy.clone(),
+            (_, _, Some(lease)) => lease.complete(),
+            _ => return Ok(None),
+        };
+        ChunkFiles::open(&directory, &self.manifest.files).map(Some)
     }
 
     /// The hashes of the copy that all must meet, if a node has one.
@@ -336,32 +407,30 @@ impl Leader<'_> {
         &self,
         action: &Action,
         lease: Option<&Lease>,
-    ) -> Result<Option<ChunkFiles>> {
+    ) -> Result<Option<(PathBuf, ChunkFiles)>> {
         let files = &self.manifest.files;
         match (action, lease) {
             (Action::Receive, Some(lease)) => {
-                ChunkFiles::create(&lease.create_partial()?, files).map(Some)
+                let copy = lease.create_partial()?;
+                let files = ChunkFiles::create(&copy, files)?;
+                Ok(Some((copy, files)))
             }
             (Action::Mend(bad), Some(lease)) => {
                 let host = self.leaders.host();
                 tracing::warn!(chunks = bad.len(), %host, "staged copy is damaged: mending it");
-                ChunkFiles::open(&lease.complete(), files).map(Some)
+                let copy = lease.complete();
+                let files = ChunkFiles::open(&copy, files)?;
+                Ok(Some((copy, files)))
             }
             _ => Ok(None),
         }
     }
 
-    /// A model that was written to while it was read would be a mixture.
     fn check_unchanged(&self, plan: &StagePlan) -> Result<()> {
-        let read = plan.phases.iter().any(|phase| phase.source == Source::Model);
-        if read
-            && self.leaders.rank() == 0
-            && Manifest::read(&self.options.sources)? != *self.manifest
-        {
-            return Err(Error::input(format!(
-                "--model {}: changed while it was being staged; start again once it is complete",
-                self.options.sources.model.display()
-            )));
+        let made = plan.makes.iter().any(|chunks| !chunks.is_empty());
+        let read = made || plan.phases.iter().any(|phase| phase.source == Source::Model);
+        if read && self.leaders.rank() == 0 && manifest(self.options)? != *self.manifest {
+            return Err(changed(self.options));
         }
         Ok(())
     }
@@ -376,15 +445,15 @@ impl Leader<'_> {
     fn report(
         &self,
         plan: &StagePlan,
-        chunks: &[Chunk],
+        made: &Made,
         moved: Vec<(Source, Moved)>,
     ) -> Result<StageReport> {
         let from_model = |&&(source, _): &&(Source, Moved)| source == Source::Model;
         let read: u64 = moved.iter().filter(from_model).map(|(_, moved)| moved.bytes_read).sum();
         let written: u64 = moved.iter().map(|(_, moved)| moved.bytes_written).sum();
-        let totals = self.exchange(&(read, written))?;
+        let totals = self.exchange(&(read + made.bytes_read, written + made.bytes_written))?;
         let copy_bytes = |action: &Action| -> u64 {
-            let kept = chunks.iter().enumerate().filter(|&(index, _)| !action.needs(index));
+            let kept = self.chunks.iter().enumerate().filter(|&(index, _)| !action.needs(index));
             match action {
                 Action::InPlace(_) => 0,
                 _ => kept.map(|(_, chunk)| chunk.bytes as u64).sum(),
@@ -396,6 +465,7 @@ impl Leader<'_> {
         });
         Ok(StageReport {
             model_bytes: self.manifest.bytes(),
+            quantized: self.manifest.quantized.clone(),
             bytes_read_source: totals.iter().map(|&(read, _)| read).sum(),
             bytes_staged: totals.iter().map(|&(_, written)| written).sum(),
             bytes_reused: plan.actions.iter().map(copy_bytes).sum(),

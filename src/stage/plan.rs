@@ -10,6 +10,9 @@ use serde::{Deserialize, Serialize};
 use super::manifest::FileEntry;
 use crate::{Error, Result};
 
+/// Fewer chunks are not worth another node that opens the model.
+const CHUNKS_A_MAKER: usize = 8;
+
 /// A piece of a file, the unit of transfer and of verification.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Chunk {
@@ -19,6 +22,8 @@ pub struct Chunk {
     pub offset: u64,
     /// Length, bytes; at least 1.
     pub bytes: usize,
+    /// Whether it lies nowhere but in copies, and a node without one makes it.
+    pub made: bool,
 }
 
 /// `files` cut into pieces of at most `chunk_bytes`.
@@ -28,7 +33,7 @@ pub fn chunks(files: &[FileEntry], chunk_bytes: usize) -> Vec<Chunk> {
     for (file, entry) in files.iter().enumerate() {
         for offset in (0..entry.bytes).step_by(step) {
             let bytes = (entry.bytes - offset).min(step as u64) as usize;
-            chunks.push(Chunk { file, offset, bytes });
+            chunks.push(Chunk { file, offset, bytes, made: entry.made });
         }
     }
     chunks
@@ -104,6 +109,8 @@ pub enum Source {
     Model,
     /// The reader's own staged copy.
     Copy,
+    /// The copy that the reader is writing, of which it has made these chunks.
+    Made,
 }
 
 /// Chunks that one node reads and a chain of nodes receives, each from the one before.
@@ -124,6 +131,8 @@ pub struct Phase {
 pub struct StagePlan {
     /// What each node does.
     pub actions: Vec<Action>,
+    /// The chunks that each node makes before the transfers.
+    pub makes: Vec<Vec<usize>>,
     /// The transfers, one after another.
     pub phases: Vec<Phase>,
     /// The node whose copy's hashes all others must meet, if any has a copy.
@@ -157,8 +166,9 @@ impl StagePlan {
         let has = |node: usize, chunk: usize| {
             matches!(&actions[node], Action::Reuse | Action::Mend(_)) && !actions[node].needs(chunk)
         };
-        let phases = phases(chunks.len(), &actions, has);
-        Ok(Self { actions, phases, trusted })
+        let makes = makes(chunks, &actions, has);
+        let phases = phases(chunks.len(), &actions, &makes, has);
+        Ok(Self { actions, makes, phases, trusted })
     }
 }
 
@@ -197,16 +207,52 @@ fn refuse_in_place(actions: &[Action]) -> Result<()> {
     )))
 }
 
-/// One phase a reader: the first node that `has` a chunk, or node 0 from the model itself.
-fn phases(num_chunks: usize, actions: &[Action], has: impl Fn(usize, usize) -> bool) -> Vec<Phase> {
+/// The chunks that no node `has`, in runs of neighbours, over the nodes that need them.
+fn makes(
+    chunks: &[Chunk],
+    actions: &[Action],
+    has: impl Fn(usize, usize) -> bool,
+) -> Vec<Vec<usize>> {
+    let needs = |node: usize, chunk: usize| actions[node].needs(chunk);
+    let nodes = 0..actions.len();
+    let is_missing = |chunk: &usize| {
+        let anywhere = || nodes.clone().any(|node| has(node, *chunk));
+        chunks[*chunk].made && nodes.clone().any(|node| needs(node, *chunk)) && !anywhere()
+    };
+    let missing: Vec<usize> = (0..chunks.len()).filter(is_missing).collect();
+    let mut makers: Vec<usize> =
+        nodes.clone().filter(|&node| missing.iter().any(|&chunk| needs(node, chunk))).collect();
+    makers.truncate(missing.len().div_ceil(CHUNKS_A_MAKER));
+    let mut makes = vec![Vec::new(); actions.len()];
+    for (place, &chunk) in missing.iter().enumerate() {
+        let maker = makers[place * makers.len() / missing.len()];
+        let maker = [maker].into_iter().chain(nodes.clone()).find(|&node| needs(node, chunk));
+        makes[maker.unwrap_or(0)].push(chunk);
+    }
+    makes
+}
+
+/// One phase a reader: the first node that `has` a chunk, the one that made it, or node 0 from
+/// the model itself.
+fn phases(
+    num_chunks: usize,
+    actions: &[Action],
+    makes: &[Vec<usize>],
+    has: impl Fn(usize, usize) -> bool,
+) -> Vec<Phase> {
+    let makes = |node: usize, chunk: usize| makes[node].binary_search(&chunk).is_ok();
     let mut phases: Vec<Phase> = Vec::new();
     for chunk in 0..num_chunks {
         if !actions.iter().any(|action| action.needs(chunk)) {
             continue;
         }
-        let (reader, source) = match (0..actions.len()).find(|&node| has(node, chunk)) {
-            Some(node) => (node, Source::Copy),
-            None => (0, Source::Model),
+        let nodes = 0..actions.len();
+        let owner = nodes.clone().find(|&node| has(node, chunk));
+        let maker = nodes.clone().find(|&node| makes(node, chunk));
+        let (reader, source) = match (owner, maker) {
+            (Some(node), _) => (node, Source::Copy),
+            (None, Some(node)) => (node, Source::Made),
+            (None, None) => (0, Source::Model),
         };
         match phases.iter_mut().find(|phase| (phase.reader, phase.source) == (reader, source)) {
             Some(phase) => phase.chunks.push(chunk),
@@ -218,6 +264,7 @@ fn phases(num_chunks: usize, actions: &[Action], has: impl Fn(usize, usize) -> b
         phase.chain =
             (0..actions.len()).filter(|&node| node != phase.reader && receives(node)).collect();
     }
+    phases.retain(|phase| phase.source != Source::Made || !phase.chain.is_empty());
     phases
 }
 
@@ -245,7 +292,7 @@ mod tests {
     }
 
     fn four_chunks() -> Vec<Chunk> {
-        (0..4).map(|index| Chunk { file: 0, offset: index * 10, bytes: 10 }).collect()
+        (0..4).map(|index| Chunk { file: 0, offset: index * 10, bytes: 10, made: false }).collect()
     }
 
     fn plan(nodes: &[NodeState]) -> StagePlan {
@@ -303,10 +350,51 @@ mod tests {
 
     #[test]
     fn chunks_cover_files_and_skip_empty_ones() {
-        let entry = |bytes| FileEntry { path: "f".into(), source: "/f".into(), bytes, mtime_ns: 0 };
+        let entry = |bytes| FileEntry {
+            path: "f".into(),
+            source: "/f".into(),
+            bytes,
+            mtime_ns: 0,
+            made: false,
+        };
         let cut = chunks(&[entry(25), entry(0), entry(10)], 10);
         let places: Vec<_> = cut.iter().map(|c| (c.file, c.offset, c.bytes)).collect();
         assert_eq!(places, [(0, 0, 10), (0, 10, 10), (0, 20, 5), (2, 0, 10)]);
+    }
+
+    #[test]
+    fn what_is_made_is_made_in_runs_by_those_that_need_it_and_relayed() {
+        let made = |count: u64| -> Vec<Chunk> {
+            (0..count).map(|i| Chunk { file: 0, offset: i * 10, bytes: 10, made: i > 0 }).collect()
+        };
+        let cold = || node(None, 1000);
+        let plan = |chunks: &[Chunk], nodes: &[NodeState]| {
+            StagePlan::new(chunks, nodes, StageFallback::Error).unwrap()
+        };
+        let two = plan(&made(17), &[cold(), cold(), cold()]);
+        assert_eq!(two.makes, [(1..9).collect(), (9..17).collect(), Vec::new()]);
+        let phase = |reader, source, chain: &[usize], chunks: Vec<usize>| Phase {
+            reader,
+            source,
+            chain: chain.to_vec(),
+            chunks,
+        };
+        assert_eq!(
+            two.phases,
+            [
+                phase(0, Source::Model, &[1, 2], vec![0]),
+                phase(0, Source::Made, &[1, 2], (1..9).collect()),
+                phase(1, Source::Made, &[0, 2], (9..17).collect()),
+            ]
+        );
+        // Nobody to pass it on to; a copy elsewhere; one bad chunk in all copies.
+        assert_eq!(plan(&made(17), &[cold()]).phases, [phase(0, Source::Model, &[], vec![0])]);
+        let warm = node(Some(("d", &[])), 0);
+        let seeded = plan(&made(17), &[cold(), warm]);
+        assert_eq!(seeded.makes, [Vec::<usize>::new(), Vec::new()]);
+        let bad = node(Some(("d", &[3])), 0);
+        let mended = plan(&made(17), &[node(Some(("d", &[3, 4])), 0), bad]);
+        assert_eq!(mended.makes, [vec![3], Vec::new()]);
     }
 
     proptest! {

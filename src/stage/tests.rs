@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::*;
 use crate::comm::LocalComm;
+use crate::model::checkpoint::QuantizedFile;
 
 const CHUNK: usize = 1000;
 /// Two shards and two small files.
@@ -207,9 +208,11 @@ fn a_model_cut_short_while_it_is_read_stops_all_with_its_name() {
         let mut options =
             StageOptions::new(ModelPaths::of(model.path()), nodes[world.rank()].path());
         options.chunk_bytes = CHUNK;
-        let leader =
-            Leader { leaders: &*world, world: &*world, manifest: &manifest, options: &options };
-        leader.stage().unwrap_err().message
+        let (manifest, chunks) = (&manifest, &plan::chunks(&manifest.files, CHUNK)[..]);
+        let (leaders, options) = (&*world, &options);
+        let leader = Leader { leaders, world: leaders, manifest, chunks, options };
+        let prepared = leader.prepare().unwrap();
+        leader.carry_out(prepared, Ok(Made::default())).unwrap_err().message
     });
     assert!(errors[0].contains("rank 0 on node0") && errors[0].contains("m-2.safetensors"));
     assert!(errors.iter().all(|error| *error == errors[0]));
@@ -296,4 +299,103 @@ fn what_lies_elsewhere_comes_into_the_copy() {
         });
         assert!(nodes.iter().all(is_empty));
     }
+}
+
+/// Rows of whole blocks.
+fn floats() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny")
+}
+
+fn to_q4_k(_: usize, options: &mut StageOptions) {
+    (options.keep, options.quantize) = (true, Some(QuantType::Q4_K));
+    options.chunk_bytes = 32 << 10;
+}
+
+/// Stages it quantized and keeps it; returns the report and where each node's weights are.
+fn stage_quantized(model: &Path, nodes: &[tempfile::TempDir]) -> (StageReport, Vec<PathBuf>) {
+    let all = staged(model, nodes, to_q4_k, |_, staged| {
+        let staged = staged.unwrap();
+        (staged.report.clone(), staged.model_path.join("model.safetensors"))
+    });
+    let paths = all.iter().step_by(2).map(|(_, path)| path.clone()).collect();
+    (all[0].0.clone(), paths)
+}
+
+#[test]
+fn weights_quantized_on_their_way_are_the_same_on_any_number_of_nodes() {
+    let model = floats();
+    let file = QuantizedFile::open(&model, QuantType::Q4_K).unwrap().unwrap();
+    let mut whole = vec![0; file.bytes() as usize];
+    file.read_at(0, &mut whole).unwrap();
+    let plain = manifest(&model).unwrap().bytes();
+    for count in [1, 2, 4] {
+        let nodes = nodes(count);
+        let (report, copies) = stage_quantized(&model, &nodes);
+        assert!(copies.iter().all(|copy| fs::read(copy).unwrap() == whole));
+        assert_eq!(report.quantized.as_deref(), Some("q4_k"));
+        assert!(report.model_bytes * 3 < plain, "{} of {plain}", report.model_bytes);
+        assert_eq!(report.bytes_staged, report.model_bytes * count as u64);
+        // Rows that are cut by a chunk's end are read for both.
+        let read = report.bytes_read_source;
+        assert!(plain <= read && read <= plain + plain / 5, "{read} of {plain}");
+        let (again, _) = stage_quantized(&model, &nodes);
+        assert_eq!((again.reused, again.bytes_read_source), (true, 0));
+        assert_eq!(again.quantized.as_deref(), Some("q4_k"));
+    }
+}
+
+#[test]
+fn damaged_quantized_weights_are_fetched_or_made_again() {
+    let (model, mut nodes) = (floats(), nodes(2));
+    let (first, copies) = stage_quantized(&model, &nodes);
+    let whole = fs::read(&copies[0]).unwrap();
+    flip_byte(&copies[1], 700_000);
+    let (fetched, _) = stage_quantized(&model, &nodes);
+    assert_eq!((fetched.bytes_read_source, fetched.bytes_staged), (0, 32 << 10));
+    for copy in &copies {
+        flip_byte(copy, 700_000);
+    }
+    let (made, _) = stage_quantized(&model, &nodes);
+    assert!(made.bytes_read_source < first.bytes_read_source / 10);
+    assert_eq!(made.bytes_staged, 2 * (32 << 10));
+    assert!(copies.iter().all(|copy| fs::read(copy).unwrap() == whole));
+    // Cold nodes around a warm one read nothing.
+    nodes.insert(0, tempfile::tempdir().unwrap());
+    let (seeded, copies) = stage_quantized(&model, &nodes);
+    assert_eq!((seeded.bytes_read_source, seeded.bytes_staged), (0, first.model_bytes));
+    assert!(copies.iter().all(|copy| fs::read(copy).unwrap() == whole));
+}
+
+/// Values that cannot be quantized, in the middle of the work of several ranks.
+#[test]
+fn a_failure_while_quantizing_stops_all_and_leaves_nothing() {
+    let (model, nodes) = (tempfile::tempdir().unwrap(), nodes(2));
+    for entry in fs::read_dir(floats()).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, model.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let weights = model.path().join("model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    let middle = bytes.len() / 4 * 2;
+    bytes[middle..middle + 64].fill(0xff);
+    fs::write(&weights, bytes).unwrap();
+    let drop_copy = |node: usize, options: &mut StageOptions| {
+        to_q4_k(node, options);
+        options.keep = false;
+    };
+    let errors = staged(model.path(), &nodes, drop_copy, |_, staged| staged.unwrap_err().message);
+    assert!(errors[0].contains("tensor model.layers") && errors[0].contains("not finite"));
+    assert!(errors.iter().all(|error| *error == errors[0]), "{errors:?}");
+    assert!(nodes.iter().all(is_empty), "something was left staged");
+}
+
+#[test]
+fn what_has_nothing_to_quantize_is_staged_as_it_is() {
+    let gguf =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/gguf/llama_quantized_q4_k_m.gguf");
+    let (plain, asked) = (manifest(&gguf).unwrap(), manifest(&gguf).unwrap());
+    assert_eq!(asked.quantized(QuantType::Q8_0).unwrap(), plain);
+    let keys = [QuantType::Q8_0, QuantType::Q4_K]
+        .map(|quant| manifest(&floats()).unwrap().quantized(quant).unwrap().copy_name());
+    assert!(keys[0].starts_with("tiny-q8_0-") && keys[1].starts_with("tiny-q4_k-"), "{keys:?}");
 }

@@ -136,13 +136,18 @@ fn read_hashed(node: &Node, index: usize) -> Result<Vec<u8>> {
     let mut message = source.read(&node.chunks[index])?;
     let hash = hash(&message);
     if node.expected.is_some_and(|expected| expected[index] != hash) {
-        return Err(Error::fault(
-            "the model is not what it was when its staged copy was made, though sizes and times \
-             are: remove the copy (in farm-<uid> of --stage-dir) and start again",
-        ));
+        return Err(not_as_before());
     }
     message.extend_from_slice(&hash);
     Ok(message)
+}
+
+/// What is read now would not fit what is staged.
+pub(super) fn not_as_before() -> Error {
+    Error::fault(
+        "the model is not what it was when its staged copy was made, though sizes and times \
+         are: remove the copy (in farm-<uid> of --stage-dir) and start again",
+    )
 }
 
 /// A writer's thread. After a failure it takes what comes and drops it, so that nobody

@@ -48,6 +48,9 @@ pub struct StageStats {
     pub gigabytes_per_second: Option<f64>,
     /// Whether every node had the model already.
     pub reused: bool,
+    /// What the staged weights are quantized to, if they are on their way.
+    #[serde(default)]
+    pub quantized: Option<String>,
 }
 
 impl StageStats {
@@ -66,6 +69,7 @@ impl StageStats {
             stage_seconds,
             gigabytes_per_second: timed.then(|| bytes_staged as f64 / stage_seconds / 1e9),
             reused: bytes_staged == 0 && bytes_reused > 0,
+            quantized: None,
         }
     }
 }

@@ -137,12 +137,14 @@ fn gigabytes_per_second(x: f64) -> String {
 }
 
 fn stage(stage: &StageStats) -> String {
+    let quantized = stage.quantized.as_ref().map(|quant| format!(" in {quant}"));
+    let quantized = quantized.unwrap_or_default();
     if stage.reused {
-        let time = seconds(stage.stage_seconds);
-        return format!("reused {} that were there, checked in {time}", bytes(stage.bytes_reused));
+        let (there, time) = (bytes(stage.bytes_reused), seconds(stage.stage_seconds));
+        return format!("reused {there}{quantized} that were there, checked in {time}");
     }
     format!(
-        "{} read, {} staged, {} reused in {} ({})",
+        "{} read, {} staged{quantized}, {} reused in {} ({})",
         bytes(stage.bytes_read_source),
         bytes(stage.bytes_staged),
         bytes(stage.bytes_reused),

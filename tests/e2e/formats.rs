@@ -187,7 +187,7 @@ fn a_tokenizer_from_elsewhere_is_staged_and_belongs_to_the_run() {
 }
 
 #[test]
-fn weights_are_quantized_while_they_are_loaded() {
+fn weights_quantized_when_they_are_staged_are_shared_and_else_each_rank_makes_the_same() {
     let scratch = Scratch::new();
     let model = golden("llama_bf16");
     let plain = farm(&scratch, "plain", Launch::Alone, &model);
@@ -201,10 +201,19 @@ fn weights_are_quantized_while_they_are_loaded() {
         let [stats, whole] = [farm.stats(), plain.stats()];
         let bytes = |stats: &Value, name: &str| stats[name].as_u64().expect("a number");
         let weights = bytes(&stats, "weight_bytes_max");
-        let ranks = if launch == Launch::Alone { 1 } else { 2 };
+        let alone = launch == Launch::Alone;
+        let ranks = if alone { 1 } else { 2 };
         assert!(weights * 16 * ranks < bytes(&whole, "weight_bytes_max") * 9, "{stats}");
-        assert_eq!(bytes(&stats, "owned_weight_bytes_max"), weights);
+        assert_eq!(stats["stage"]["quantized"], "q8_0");
+        // Of columns a rank has a copy.
+        assert_eq!(bytes(&stats, "owned_weight_bytes_max") > 0, !alone);
         assert_eq!(bytes(&whole, "owned_weight_bytes_max"), 0);
+        let in_place = farm.clone().args(["--no-stage", "--force-new"]);
+        in_place.ends_with(0);
+        let own = in_place.stats();
+        assert_eq!(bytes(&own, "owned_weight_bytes_max"), bytes(&own, "weight_bytes_max"));
+        let again = in_place.records().into_iter().map(|mut record| record["text"].take());
+        assert_eq!(again.collect::<Vec<_>>(), texts);
     }
     // Other weights are another run; with both flags it is not clear which is meant.
     let ended = plain.clone().flag("--quantize", "q8_0").ends_with(3);

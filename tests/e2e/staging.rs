@@ -108,6 +108,47 @@ fn farm_stage_leaves_a_copy_for_later_runs() {
     assert_eq!(shards(&farm).len(), 4);
 }
 
+/// A model of whole blocks of 256, quantized when it is staged: one copy that ranks map.
+#[test]
+fn a_quantized_copy_is_made_once_shared_and_found_again() {
+    let scratch = Scratch::new();
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny");
+    let quantized = |name: &str, launch: Launch| {
+        farm(&scratch, name, launch).model(&model).args(["--quantize", "q4_k"])
+    };
+    let in_place = quantized("in place", Launch::Alone).args(["--no-stage"]);
+    in_place.ends_with(0);
+    for launch in Launch::all(&[2], &[2]) {
+        println!("{launch:?}");
+        let farm = quantized(&format!("{launch:?}"), launch);
+        let mut stage = Farm::plain(["stage", "--quantize", "q4_k"]);
+        stage.arg("--model").arg(&model).arg("--stage-dir").arg(farm.stage_dir());
+        let ended = crate::common::run(&mut stage).with_code(0);
+        let line = String::from_utf8_lossy(&ended.stdout).into_owned();
+        assert!(line.contains("tiny-q4_k-") && line.contains(" in q4_k on 1 node"), "{line}");
+        let [weights] = &shards(&farm)[..] else { panic!("{:?}", farm.staged_files()) };
+        let [whole, staged] = [&model.join("model.safetensors"), weights]
+            .map(|file| file.metadata().expect("weights").len());
+        assert!(staged * 3 < whole, "{staged} of {whole} bytes");
+
+        let stats = run(&farm);
+        assert_eq!((&stats["bytes_read_source"], &stats["reused"]), (&0.into(), &true.into()));
+        assert_eq!(farm.stats()["owned_weight_bytes_max"], 0);
+        assert_eq!(farm.output(), in_place.output());
+        // The copy is a model of its own; another type, or none, is another copy.
+        let copy = weights.parent().expect("a directory");
+        let by_path = farm.clone().model(copy).args(["--no-stage"]);
+        run(&by_path);
+        assert_eq!(farm.output(), in_place.output());
+        let mut inspect = Farm::plain(["inspect"]);
+        let ended = crate::common::run(inspect.arg(copy)).with_code(0);
+        assert!(String::from_utf8_lossy(&ended.stdout).contains("q4_k"));
+        let other = run(&farm.clone().flag("--quantize", "q8_0"));
+        assert!(other["bytes_read_source"].as_u64() > Some(whole), "{other}");
+        assert!(run(&farm.clone().model(golden("llama_bf16")))["reused"] == false);
+    }
+}
+
 /// With a tokenizer from elsewhere the copy is another, and has that.
 #[test]
 fn farm_stage_brings_the_tokenizer_along() {

@@ -2,7 +2,7 @@
 //! what describes them.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
@@ -56,15 +56,15 @@ impl Contents {
             tensors.extend(table.map(|t| (language_model_name(&t.name), Tensor::whole(i, t))));
         }
         let tensors = TensorTable::new(mapped, tensors);
-        Ok(Self { files, tensors, metadata: None, params: None })
+        // A quantized copy of Meta's form keeps its names and its configuration.
+        let is_meta = !files.dir.join("config.json").exists();
+        let params = (is_meta && meta_params(&files).exists()).then(|| read_params(&files));
+        Ok(Self { files, tensors, metadata: None, params: params.transpose()? })
     }
 
     /// Meta's form: each matrix is cut over the files.
     fn of_meta(files: ModelFiles, mapped: Vec<MappedFile>) -> Result<Self> {
-        let path = files.dir.join("params.json");
-        let bad = |e: &dyn std::fmt::Display| Error::input(format!("{}: {e}", path.display()));
-        let text = std::fs::read(&path).map_err(|e| bad(&e))?;
-        let params = serde_json::from_slice(&text).map_err(|e| bad(&e))?;
+        let params = read_params(&files)?;
         let tables = mapped.iter().map(|file| file.read(torch::read)).collect::<Result<_>>()?;
         let merged = meta::merge(tables, &params).map_err(|e| e.context(files.dir.display()))?;
         let tensors = merged
@@ -97,7 +97,7 @@ impl Contents {
         let Some(params) = &self.params else { return ModelConfig::from_dir(&self.files.dir) };
         let config = meta::hf_config(params, |name| self.tensors.shape(name))
             .and_then(ModelConfig::from_json)
-            .map_err(|e| e.context(self.files.dir.join("params.json").display()))?;
+            .map_err(|e| e.context(meta_params(&self.files).display()))?;
         Ok(ModelConfig { names: META, ..config.with_interleaved_pairs() })
     }
 }
@@ -124,6 +124,17 @@ impl TensorTable {
         let tensors = stored.into_iter().map(|t| (t.name.clone(), Tensor::whole(0, t)));
         Ok((Self::new(mapped, tensors.collect()), metadata))
     }
+}
+
+fn meta_params(files: &ModelFiles) -> PathBuf {
+    files.dir.join("params.json")
+}
+
+fn read_params(files: &ModelFiles) -> Result<Value> {
+    let path = meta_params(files);
+    let bad = |e: &dyn std::fmt::Display| Error::input(format!("{}: {e}", path.display()));
+    let text = std::fs::read(&path).map_err(|e| bad(&e))?;
+    serde_json::from_slice(&text).map_err(|e| bad(&e))
 }
 
 fn first(files: &ModelFiles) -> String {

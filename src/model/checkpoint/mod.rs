@@ -12,6 +12,7 @@ mod files;
 pub mod gguf;
 pub(super) mod gguf_model;
 pub mod meta;
+mod quantized;
 mod safetensors;
 mod source;
 mod table;
@@ -24,6 +25,7 @@ use std::path::Path;
 pub use contents::Contents;
 pub(crate) use contents::language_model_name;
 pub use files::{Format, ModelFiles};
+pub use quantized::{QuantizedFile, VERSION as QUANTIZER_VERSION};
 pub use source::Source;
 pub use table::TensorTable;
 

@@ -63,6 +63,8 @@ struct Cut<'a> {
     units: Range<usize>,
     unit_len: usize,
     unit_bytes: usize,
+    /// Read into memory of this rank's own, even where it could be mapped.
+    read: bool,
 }
 
 impl TensorTable {
@@ -156,6 +158,17 @@ impl TensorTable {
         self.slice(self.tensor(name, shape)?, rows, cols)
     }
 
+    /// The rows `rows` of the matrix `name` as it is stored, read from the file rather than
+    /// mapped: a file that is cut short meanwhile is then an error.
+    ///
+    /// # Errors
+    /// As [`TensorTable::matrix`].
+    pub(super) fn read_rows(&self, name: &str, rows: Range<usize>) -> Result<Weight> {
+        let shape = self.tensors.get(name).map_or([0, 0], |tensor| matrix_shape(&tensor.shape));
+        let tensor = self.tensor(name, shape)?;
+        self.cut(tensor, std::slice::from_ref(&rows), 0..shape[1], true)
+    }
+
     /// The parts `parts` of the vector `name` of length `len`, one after another, in f32.
     ///
     /// # Errors
@@ -209,11 +222,21 @@ impl TensorTable {
 
     /// The rows `rows` (in order) and columns `cols` of `tensor`.
     fn slice(&self, tensor: &Tensor, rows: &[Range<usize>], cols: Range<usize>) -> Result<Weight> {
+        self.cut(tensor, rows, cols, false)
+    }
+
+    fn cut(
+        &self,
+        tensor: &Tensor,
+        rows: &[Range<usize>],
+        cols: Range<usize>,
+        read: bool,
+    ) -> Result<Weight> {
         let Some((unit_len, unit_bytes)) = tensor.dtype.unit() else {
             return Err(Error::fault(format!("a tensor of type {}", tensor.dtype.name())));
         };
         let units = cols.start / unit_len..cols.end.div_ceil(unit_len);
-        let cut = Cut { tensor, rows, units, unit_len, unit_bytes };
+        let cut = Cut { tensor, rows, units, unit_len, unit_bytes, read };
         self.bytes_read.fetch_add(cut.bytes() as u64, Ordering::Relaxed);
         let values = match &tensor.dtype {
             StoredDtype::F32 => Values::F32(self.store(&cut)?),
@@ -231,7 +254,7 @@ impl TensorTable {
     }
 
     fn store<E: Plain>(&self, cut: &Cut) -> Result<Store<E>> {
-        if let Some((piece, offset)) = cut.contiguous() {
+        if let (false, Some((piece, offset))) = (cut.read, cut.contiguous()) {
             let map = &self.mapped[piece.file].map;
             if (map.as_ptr() as usize + offset).is_multiple_of(align_of::<E>()) {
                 // Read ahead: an in-place model on a parallel file system comes in large
@@ -277,10 +300,18 @@ impl TensorTable {
             let file = &self.mapped[piece.file];
             file.file
                 .read_exact_at(out, (piece.offset + at * cut.unit_bytes) as u64)
-                .map_err(|e| Error::io(&file.path, e))?;
+                .map_err(|e| unreadable(&file.path, e))?;
         }
         Ok(())
     }
+}
+
+fn unreadable(path: &Path, error: std::io::Error) -> Error {
+    if error.kind() == std::io::ErrorKind::UnexpectedEof {
+        let path = path.display();
+        return Error::input(format!("{path}: cut short or replaced while it was read?"));
+    }
+    Error::io(path, error)
 }
 
 impl Cut<'_> {
