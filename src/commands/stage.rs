@@ -17,7 +17,8 @@ use crate::stats::format;
 /// Alike on all ranks: the model is unusable, or a node has no room.
 pub fn run(args: &StageCommandArgs, rank: &Rank) -> Result<i32> {
     let topology = Topology::new(rank.world.clone(), 1)?;
-    let sources = ModelPaths { tokenizer: args.tokenizer.clone(), ..ModelPaths::of(&args.model) };
+    let sources =
+        ModelPaths { tokenizer: args.tokenizer.clone(), ..ModelPaths::of(args.model.path()) };
     let options = StageOptions { keep: true, ..StageOptions::new(sources, &args.stage_dir) };
     // A model that cannot run is not worth its copies.
     let first = rank.world.rank() == 0;
