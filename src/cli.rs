@@ -8,7 +8,7 @@
 //! exit code 2.
 
 use std::ffi::{OsStr, OsString};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 use std::time::Duration;
 
@@ -151,12 +151,37 @@ pub struct ScoreArgs {
     pub log: LogArgs,
 }
 
+/// A model that a command is about: `farm inspect MODEL`, or by the flag that the others have.
+#[derive(Debug, Clone, Args)]
+pub struct OneModelArgs {
+    /// The model: a directory or a GGUF file
+    #[arg(value_name = "MODEL", required_unless_present = "model_flag")]
+    argument: Option<PathBuf>,
+    /// The model, where no MODEL is given
+    #[arg(long = "model", id = "model_flag", env = "FARM_MODEL", value_name = "DIR|FILE.gguf")]
+    #[arg(help_heading = "Model")]
+    flag: Option<PathBuf>,
+}
+
+impl OneModelArgs {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.argument.as_deref().or(self.flag.as_deref()).unwrap_or(Path::new(""))
+    }
+}
+
+impl From<PathBuf> for OneModelArgs {
+    fn from(path: PathBuf) -> Self {
+        Self { argument: Some(path), flag: None }
+    }
+}
+
 /// `farm stage`.
 #[derive(Debug, Clone, Args)]
 pub struct StageCommandArgs {
-    /// The model: a directory or a GGUF file
-    #[arg(long, env = "FARM_MODEL", value_name = "DIR|FILE.gguf", help_heading = "Model")]
-    pub model: PathBuf,
+    /// The model.
+    #[command(flatten)]
+    pub model: OneModelArgs,
     /// Tokenizer from elsewhere: tokenizer.json, tokenizer.model, or a directory with one
     #[arg(long, env = "FARM_TOKENIZER", value_name = "FILE|DIR", help_heading = "Model")]
     pub tokenizer: Option<PathBuf>,
@@ -175,9 +200,9 @@ pub struct StageCommandArgs {
 /// `farm inspect`.
 #[derive(Debug, Clone, Args)]
 pub struct InspectArgs {
-    /// The model: a directory or a GGUF file
-    #[arg(value_name = "MODEL")]
-    pub model: PathBuf,
+    /// The model.
+    #[command(flatten)]
+    pub model: OneModelArgs,
     /// Tokenizer from elsewhere: tokenizer.json, tokenizer.model, or a directory with one
     #[arg(long, env = "FARM_TOKENIZER", value_name = "FILE|DIR")]
     pub tokenizer: Option<PathBuf>,

@@ -17,6 +17,17 @@ impl GroupLayout {
     /// Fails (usage) with the sizes that would work if `tensor_parallel_size` does not
     /// divide `world_size`.
     pub fn new(world_size: usize, tensor_parallel_size: usize) -> Result<Self> {
+        if tensor_parallel_size > world_size {
+            let ranks = match world_size {
+                1 => "there is 1".to_owned(),
+                n => format!("there are {n}"),
+            };
+            return Err(Error::usage(format!(
+                "--tensor-parallel {tensor_parallel_size} needs {tensor_parallel_size} ranks, and \
+                 {ranks}: start them with srun -n {tensor_parallel_size} (or mpirun), or without \
+                 a launcher with --local-ranks {tensor_parallel_size}"
+            )));
+        }
         if tensor_parallel_size == 0 || !world_size.is_multiple_of(tensor_parallel_size) {
             let sizes: Vec<String> = (1..=world_size)
                 .filter(|&size| world_size.is_multiple_of(size))

@@ -147,8 +147,10 @@ impl Devices {
             Choice::Cpu { reason: Some(reason) } if gpus_on_node.is_some_and(|gpus| gpus > 0) => {
                 tracing::warn!("this job holds GPUs, but farm computes on the CPU: {reason}");
             }
+            // What computes is said when there is something to compute.
             Choice::Cpu { reason } => {
-                tracing::debug!("computing on the CPU{}", reason.as_deref().unwrap_or_default());
+                let reason = reason.as_deref().unwrap_or("asked for");
+                tracing::debug!("the CPU is taken: {reason}");
             }
             Choice::Gpu { device, ranks, .. } => {
                 let (major, minor) = device.compute_capability;

@@ -187,7 +187,7 @@ impl Job {
         }
         phases.start_seconds = start.elapsed().as_secs_f64();
         if plan.finished {
-            return write_again(world, owner, &|| stop.is_set());
+            return write_again(world, owner, &plan.run_dir, &|| stop.is_set());
         }
         let deadline = Deadline::new(plan.end_seconds.map(Duration::from_secs_f64), None, 0.0);
 
@@ -237,7 +237,7 @@ impl Job {
         staged.finish(topology);
         // A fault on any rank counts more than that the run stopped for it.
         let ended = agree(world, outcome.and_then(|ended| closed.map(|()| ended)))?;
-        exit_code(world, ended)
+        exit_code(world, ended, &plan.run_dir)
     }
 
     /// Rank 0 plans; all get the plan or the error, which is no matter of rank 0: its
@@ -309,6 +309,7 @@ pub fn stage_model(
 fn write_again(
     world: &dyn Communicator,
     owner: Option<RunOwner>,
+    run_dir: &Path,
     stop: &dyn Fn() -> bool,
 ) -> Result<i32> {
     let write = |session: Session| {
@@ -329,11 +330,18 @@ fn write_again(
     let session = owner.and_then(|owner| owner.session);
     let written = agree(world, session.map(write).transpose())?.flatten();
     let ended = Ended { written, ..Ended::default() };
-    exit_code(world, ended)
+    exit_code(world, ended, run_dir)
 }
 
-/// Rank 0's exit code, on all ranks.
-fn exit_code(world: &dyn Communicator, ended: Ended) -> Result<i32> {
+/// Rank 0's exit code, on all ranks. Says where failed records are.
+fn exit_code(world: &dyn Communicator, ended: Ended, run_dir: &Path) -> Result<i32> {
+    if let Some(OutputCounts { records, errors: failed @ 1.. }) = ended.written {
+        let run = run_dir.display();
+        tracing::warn!(
+            "{failed} of {records} records failed: {run}/errors.jsonl says why; farm retry {run} \
+             works on them again"
+        );
+    }
     let code = broadcast_vec(world, 0, ended.exit_code().to_le_bytes().to_vec());
     match i32::from_le_bytes(code.try_into().unwrap_or_default()) {
         STOPPED => Err(interrupted()),

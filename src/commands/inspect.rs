@@ -171,7 +171,8 @@ pub fn run(args: &InspectArgs) -> Result<()> {
 }
 
 fn inspect(args: &InspectArgs) -> Result<Inspection> {
-    let sources = ModelPaths { tokenizer: args.tokenizer.clone(), ..ModelPaths::of(&args.model) };
+    let sources =
+        ModelPaths { tokenizer: args.tokenizer.clone(), ..ModelPaths::of(args.model.path()) };
     let manifest = Manifest::read(&sources)?;
     let contents = Contents::open(&manifest.in_place.model)?;
     let mut problems = Vec::new();

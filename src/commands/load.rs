@@ -23,7 +23,7 @@ use crate::prompts::{AdapterNames, ChatTemplate, Defaults, Preparer};
 use crate::slurm::memory_for_rank;
 use crate::stage::sources::ModelPaths;
 use crate::stats::format;
-use crate::{Error, stage};
+use crate::{Error, kernels, stage};
 
 /// Share of the free memory that the KV cache may take, where the flags do not say.
 const KV_CACHE_SHARE: f64 = 0.8;
@@ -51,19 +51,19 @@ pub fn load(
     staged: &stage::Staged,
 ) -> Result<Loaded> {
     let world = &*topology.world;
-    let Opened { checkpoint, tokenizer, template, adapters } =
-        agree(world, open(staged, job, plan))?;
+    let opened = agree(world, open(staged, job, plan))?;
     let group = &topology.tensor_parallel;
     let comm: Arc<dyn TensorComm> = Arc::new(HostTensorComm::new(group.clone()));
-    let device = on_device::options(job, devices, topology, &checkpoint, &comm)?;
+    let device = on_device::options(job, devices, topology, &opened.checkpoint, &comm)?;
     let num_blocks = match device {
         // When the weights are there.
         Some(_) => Ok(0),
         None => {
             let sequences = devices.batch_limits(&job.model).sequences;
-            num_blocks(job, rank, topology, plan, &checkpoint, staged, sequences)
+            num_blocks(job, rank, topology, plan, &opened, staged, sequences)
         }
     };
+    let Opened { checkpoint, tokenizer, template, adapters } = opened;
     let num_blocks = least(&**group, agree(world, num_blocks)?);
     let (dtype, max_seq_len) = (job.dtype(), plan.max_seq_len);
     let options =
@@ -81,6 +81,13 @@ pub fn load(
         }
     }
     if world.rank() == 0 {
+        if !devices.on_device() {
+            let tier = kernels::tier().name();
+            tracing::info!(
+                "computing on the CPU ({tier} kernels, {} threads a rank)",
+                rank.threads
+            );
+        }
         tracing::info!(
             "weights loaded in {}: {} of the checkpoint read or mapped, {}",
             format::seconds(load_seconds),
@@ -234,19 +241,21 @@ fn num_blocks(
     rank: &Rank,
     topology: &Topology,
     plan: &RunPlan,
-    checkpoint: &Checkpoint,
+    opened: &Opened,
     staged: &stage::Staged,
     sequences: usize,
 ) -> Result<usize> {
+    let Opened { checkpoint, adapters, .. } = opened;
     let (config, size) = (checkpoint.config(), topology.tensor_parallel.size());
     let block_bytes = config.kv_block_bytes(config.local_kv_heads(size), BLOCK_SIZE).max(1);
     let budget = memory_for_rank(&rank.job, topology.node.size(), staged.report.model_bytes);
     if let Some(budget) = &budget {
         tracing::debug!("{} bytes free for this rank ({})", budget.bytes, budget.limited_by);
     }
-    // Not there yet, but on their way: weights that are converted or cut.
+    // Not there yet, but on their way: weights that are converted or cut, and adapters.
     let owned = footprint::weights(config, checkpoint.tensors(), job.dtype(), size).owned;
-    let free = budget.map(|budget| budget.bytes.saturating_sub(owned));
+    let adapters: u64 = adapters.iter().map(Adapter::memory_bytes).sum();
+    let free = budget.map(|budget| budget.bytes.saturating_sub(owned + adapters));
     let allowed = match (job.model.kv_cache_memory, free) {
         // More than there is would end the process, not this run with a message.
         (Some(flag), free) => Some(free.map_or(flag, |free| flag.min(free))),

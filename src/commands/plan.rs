@@ -213,7 +213,11 @@ pub fn plan(
     let launch = this_launch(rank, devices);
     let run = open_run(job, &checked, launch.clone())?;
     checked.prompts.keep_in(run.path())?;
-    let (session, resumed) = join(job, rank, &run, &launch)?;
+    let (mut session, resumed) = join(job, rank, &run, &launch)?;
+    let finished = is_finished(job, &session);
+    if !finished {
+        warn_of_other_floats(&mut session.claims, &launch)?;
+    }
     let plan = RunPlan {
         run_dir: std::path::absolute(run.path()).map_err(|e| Error::io(run.path(), e))?,
         run_key: checked.identity.short_key(),
@@ -223,7 +227,7 @@ pub fn plan(
         prompts_name: run.file().prompts_name.clone(),
         model_name: checked.model_name,
         launch: session.membership.launch(),
-        finished: is_finished(job, &session),
+        finished,
         end_seconds: deadline.end_seconds(),
     };
     let session = Some(session);
@@ -275,7 +279,6 @@ fn join(
 ) -> Result<(Session, Resumed)> {
     let (membership, mut claims) =
         Membership::join(run.path(), job_ref(rank), launch, evidence(), job.claims_config())?;
-    warn_of_other_floats(&mut claims, launch)?;
     let run_key = run.file().identity.short_key();
     let mut journals = Journals::new(&RunDir::journal_of(run.path()), &run_key);
     let owners = claims.owners(0.0)?.into_iter();

@@ -16,7 +16,8 @@ use crate::stats::format;
 /// Alike on all ranks: the model is unusable, or a node has no room.
 pub fn run(args: &StageCommandArgs, rank: &Rank) -> Result<i32> {
     let topology = Topology::new(rank.world.clone(), 1)?;
-    let sources = ModelPaths { tokenizer: args.tokenizer.clone(), ..ModelPaths::of(&args.model) };
+    let sources =
+        ModelPaths { tokenizer: args.tokenizer.clone(), ..ModelPaths::of(args.model.path()) };
     let quantize = args.quantize.map(Into::into);
     let options =
         StageOptions { keep: true, quantize, ..StageOptions::new(sources, &args.stage_dir) };

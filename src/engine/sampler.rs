@@ -55,12 +55,16 @@ pub fn masks(tasks: &[RowTask], running: &[Sequence]) -> Vec<Option<SimpleVob>> 
     let mask_of = |task: &RowTask| {
         let sequence = &running[task.running];
         // A guide may take another token than the chosen one; that one's log-probability
-        // is known on the host alone.
+        // is known on the host alone, and so is what comes second.
         if task.target.is_some() || sequence.params().logprobs.is_some() {
             return None;
         }
+        let mut matcher = sequence.matcher()?;
+        if matcher.is_tight(sequence.room()) {
+            return None;
+        }
         // An error is told when the host looks at the row.
-        sequence.matcher()?.allowed(sequence.params().ignore_eos).ok()
+        matcher.allowed(sequence.params().ignore_eos).ok()
     };
     if has_guides(tasks, running) {
         tasks.par_iter().map(mask_of).collect()
@@ -115,6 +119,10 @@ pub enum RowResult {
     /// The log-probability of the target.
     Score(f64),
 }
+
+/// Where room for a guided text is short: choices of the model that are looked at, before
+/// it is led to its end.
+const MAX_OTHER_CHOICES: usize = 16;
 
 /// Holds the buffers of the threads that sample.
 #[derive(Debug, Default)]
@@ -221,13 +229,28 @@ fn run_one(
     }
     let params = sequence.params();
     let (counts, uniform) = (sequence.counts(), sequence.uniform());
+    let mut choose_of = |allowed: Option<&[u32]>| {
+        choose(row, params, counts, allowed, eos_token_ids, uniform, scratch)
+    };
     let token = match sequence.matcher() {
-        None => choose(row, params, counts, None, eos_token_ids, uniform, scratch)?,
+        None => choose_of(None)?,
         Some(mut matcher) => {
-            let allowed = matcher.allowed(params.ignore_eos).map_err(RowError::Guide)?;
-            let allowed = Some(allowed.as_slice());
-            let token = choose(row, params, counts, allowed, eos_token_ids, uniform, scratch)?;
-            matcher.take(token, sequence.room()).map_err(RowError::Guide)?
+            let room = sequence.room();
+            let mut allowed = matcher.allowed(params.ignore_eos).map_err(RowError::Guide)?;
+            let mut token = choose_of(Some(allowed.as_slice()))?;
+            if matcher.is_tight(room) {
+                for _ in 0..MAX_OTHER_CHOICES {
+                    if matcher.fits(token, room) {
+                        break;
+                    }
+                    allowed.disallow_token(token);
+                    match choose_of(Some(allowed.as_slice())) {
+                        Ok(other) => token = other,
+                        Err(_) => break,
+                    }
+                }
+            }
+            matcher.take(token, room).map_err(RowError::Guide)?
         }
     };
     let logprob = params.logprobs.map(|n| token_logprob(row, token, n, scratch)).transpose()?;

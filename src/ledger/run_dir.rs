@@ -32,8 +32,8 @@ pub struct RunIdentity {
     pub prompts: Value,
     /// Key of the model's manifest.
     pub model: String,
-    /// The adapter's key.
-    pub adapter: Option<String>,
+    /// Hashes of the adapters' files by their names, if there are any.
+    pub adapter: Value,
     /// Resolved sampling parameters and what else shapes a record (dtype, length limit).
     pub sampling: Value,
 }
@@ -350,7 +350,7 @@ mod tests {
             command: "generate".into(),
             prompts: json!({"hash": "abc", "format": "jsonl"}),
             model: "m1".into(),
-            adapter: None,
+            adapter: Value::Null,
             sampling: json!({"temperature": 0.7, "stop": ["a"]}),
         }
     }
@@ -408,12 +408,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         drop(open(dir.path(), &identity(), ExistingRun::Resume).unwrap());
         let sampling = json!({"temperature": 0.8, "stop": ["a"]});
-        let other = RunIdentity { sampling, adapter: Some("lora".into()), ..identity() };
+        let other = RunIdentity { sampling, adapter: json!({"lora": "ab"}), ..identity() };
         let error = open(dir.path(), &other, ExistingRun::Resume).unwrap_err();
         assert_eq!(error.kind.exit_code(), 3);
         for part in [
             "sampling.temperature: 0.7 in the run, 0.8 now",
-            "adapter: null in the run, \"lora\" now",
+            "adapter.lora: nothing in the run, \"ab\" now",
             "--run-dir",
             "--force-new",
         ] {

@@ -84,7 +84,7 @@ fn join(
         command: "generate".into(),
         prompts: json!("p"),
         model: "m".into(),
-        adapter: None,
+        adapter: json!(null),
         sampling: json!({}),
     };
     let facts = Launch {

@@ -63,9 +63,11 @@ impl Preparer {
         }
     }
 
-    /// Makes the grammar now: the engine then finds it made.
+    /// Makes the grammar now: the engine then finds it made. A score writes no text.
     fn check_guide(&self, request: &Request) -> Result<(), Problem> {
-        let Some(guide) = &request.params.guide else { return Ok(()) };
+        let Some(guide) = request.params.guide.as_ref().filter(|_| self.reserved_tokens > 0) else {
+            return Ok(());
+        };
         let bad = |reason| {
             let message = format!("what the text must be cannot be followed: {reason}");
             Problem::new(ErrorCode::BadGuide, message)
@@ -177,6 +179,8 @@ mod tests {
         assert_eq!(code(r#"{"id":"a","prompt":"hello","regex":"("}"#).map(drop), bad);
         assert_eq!(code(r#"{"id":"a","prompt":"hello","choices":["b"]}"#).map(drop), bad);
         assert_eq!(code(r#"{"id":"a","prompt":"hello","json_schema":{"type":1}}"#).map(drop), bad);
+        let score = Preparer { reserved_tokens: 0, ..preparer() };
+        assert!(score.prepare(&raw(r#"{"prompt":"hello","regex":"("}"#)).is_ok());
     }
 
     #[test]

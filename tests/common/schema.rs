@@ -69,6 +69,9 @@ fn holds(
         ("maxItems", Value::Array(items)) => count(items.len()) <= limit(),
         ("minLength", Value::String(text)) => count(text.chars().count()) >= limit(),
         ("maxLength", Value::String(text)) => count(text.chars().count()) <= limit(),
+        ("format", Value::String(text)) if wanted == "date" => {
+            matches("[0-9]{4}-[0-9]{2}-[0-9]{2}", text)
+        }
         ("pattern", Value::String(text)) => matches(wanted.as_str().unwrap(), text),
         ("minimum", Value::Number(number)) => number.as_f64().unwrap() >= limit(),
         ("maximum", Value::Number(number)) => number.as_f64().unwrap() <= limit(),
@@ -82,6 +85,7 @@ fn holds(
             | "minLength"
             | "maxLength"
             | "pattern"
+            | "format"
             | "minimum"
             | "maximum",
             _,

@@ -140,6 +140,49 @@ fn adapters_are_part_of_the_run() {
     assert_eq!(score.records()[0]["adapter"], "a");
 }
 
+/// Killed in its middle and continued by other ranks, a run with several adapters comes to
+/// the same bytes; with another file in the place of one it is another run.
+#[test]
+fn a_killed_run_with_adapters_goes_on_with_the_same_ones() {
+    let scratch = Scratch::new();
+    let own = scratch.path("own");
+    std::fs::create_dir(&own).expect("a folder");
+    let copy = |from: &str, files: &[&str]| {
+        for file in files {
+            std::fs::copy(adapter(from).join(file), own.join(file)).expect("a copy");
+        }
+    };
+    copy("lora_qv", &["adapter_config.json", "adapter_model.safetensors"]);
+    let names = ["own", "dora", "saved_lm_head"];
+    let prompt = |i: usize| match names.get(i % 4) {
+        Some(name) => json!({"prompt": format!("{i} cats and"), "adapter": name}),
+        None => json!({"prompt": format!("{i} cats and")}),
+    };
+    let prompts = scratch.file("prompts.jsonl", lines(&(0..80).map(prompt).collect::<Vec<_>>()));
+    let run = |name: &str, launch: Launch| {
+        let farm = scratch.farm(name, launch, "generate").model(golden("llama_gqa"));
+        let farm = farm.args(["--ignore-eos", "--max-new-tokens", "150", "--temperature", "0.7"]);
+        let farm = farm.args(["--max-batch-size", "6", "--quiet"]).prompts(&prompts);
+        let farm = farm.args(["--adapter".into(), own.clone()]);
+        names[1..].iter().fold(farm, |farm, name| farm.args(["--adapter".into(), adapter(name)]))
+    };
+    let whole = run("whole", Launch::Alone);
+    whole.ends_with(0);
+    let killed = run("killed", Launch::Threads(2));
+    let mut running = killed.start();
+    assert!(running.reaches(|| killed.done() >= 8), "it ended too early");
+    running.kill_all();
+    assert!(!killed.out().exists());
+    copy("rslora", &["adapter_config.json", "adapter_model.safetensors"]);
+    let refused = killed.ends_with(3);
+    assert!(refused.stderr.contains("adapter.own: "), "{}", refused.stderr);
+    assert!(!refused.stderr.contains("adapter.dora: "), "{}", refused.stderr);
+    copy("lora_qv", &["adapter_config.json", "adapter_model.safetensors"]);
+    killed.clone().launched(Launch::Alone).ends_with(0);
+    assert!(killed.output() == whole.output());
+    assert_eq!(killed.journals().duplicates(), 0);
+}
+
 #[test]
 fn adapters_that_do_not_fit_are_refused_before_any_work() {
     let scratch = Scratch::new();

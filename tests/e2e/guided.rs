@@ -61,6 +61,201 @@ fn two_hundred_records_follow_the_schema_of_the_flag() {
     }
 }
 
+/// What people extract from documents: nested, lists with bounds, enums, numbers, references,
+/// alternatives, optional parts.
+fn an_invoice() -> Value {
+    json!({
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Invoice",
+        "type": "object",
+        "properties": {
+            "number": {"type": "string", "pattern": "^INV-[0-9]{4,6}$"},
+            "currency": {"enum": ["EUR", "USD", "GBP", "CHF"]},
+            "issued": {"type": "string", "format": "date"},
+            "paid": {"type": ["boolean", "null"]},
+            "seller": {"$ref": "#/$defs/party"},
+            "buyer": {"anyOf": [{"$ref": "#/$defs/party"}, {"type": "null"}]},
+            "lines": {
+                "type": "array", "minItems": 1, "maxItems": 3,
+                "items": {
+                    "type": "object",
+                    "properties": {
+                        "item": {"type": "string", "minLength": 3, "maxLength": 20},
+                        "quantity": {"type": "integer", "minimum": 1, "maximum": 999},
+                        "price": {"type": "number", "minimum": 0},
+                        "discounts": {"type": "array", "items": {"type": "number"}, "maxItems": 2},
+                    },
+                    "required": ["item", "quantity", "price"], "additionalProperties": false,
+                },
+            },
+            "notes": {"type": "string", "maxLength": 60},
+        },
+        "required": ["number", "currency", "seller", "buyer", "lines"],
+        "additionalProperties": false,
+        "$defs": {"party": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "minLength": 1, "maxLength": 24},
+                "country": {"type": "string", "pattern": "^[A-Z]{2}$"},
+                "contacts": {
+                    "type": "array", "minItems": 2, "maxItems": 3,
+                    "items": {"anyOf": [
+                        {"type": "object", "properties": {"phone": {"type": "integer"}},
+                         "required": ["phone"], "additionalProperties": false},
+                        {"type": "string", "maxLength": 8},
+                    ]},
+                },
+            },
+            "required": ["name", "country"], "additionalProperties": false,
+        }},
+    })
+}
+
+/// With every amount of room from nothing to plenty, greedy and at temperature 1: as soon as
+/// one text can be whole, all that have as much room are; and none that ends is anything else.
+#[test]
+fn a_schema_from_life_is_followed_in_any_room() {
+    let scratch = Scratch::new();
+    let schema = an_invoice();
+    let file = scratch.file("invoice.json", schema.to_string());
+    let rooms: Vec<usize> = (1..150).chain((150..400).step_by(25)).collect();
+    let lines: Vec<String> = rooms
+        .iter()
+        .flat_map(|room| [0, 1].map(|temperature| (room, temperature)))
+        .map(|(room, temperature)| {
+            let prompt = format!("An invoice of {room} items");
+            json!({"prompt": prompt, "max_new_tokens": room, "temperature": temperature})
+                .to_string()
+        })
+        .collect();
+    let prompts = scratch.file("rooms.jsonl", lines.join("\n"));
+    let run = |name: &str, launch: Launch, batch: &str| {
+        let farm = scratch.farm(name, launch, "generate").model(tiny()).prompts(&prompts);
+        let farm = farm.flag("--json-schema", &file).flag("--max-batch-size", batch);
+        farm.ends_with(0);
+        farm
+    };
+    let farm = run("rooms", Launch::Alone, "16");
+    let mut suffices = false;
+    for record in farm.records() {
+        let text = record["text"].as_str().expect("a text");
+        let whole = record["finish_reason"] == "stop";
+        assert!(whole || !suffices, "{record}");
+        suffices = whole;
+        if whole {
+            let value: Value = serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"));
+            assert_eq!(schema::validate(&schema, &schema, &value), Ok(()), "{text}");
+        }
+    }
+    assert!(suffices);
+    assert!(farm.output() == run("other", Launch::Threads(2), "3").output());
+}
+
+/// What is longer than the shortest text by nothing, and choices of all kinds.
+#[test]
+fn patterns_and_choices_end_in_time() {
+    let scratch = Scratch::new();
+    let choices = json!(["a", "ab", "ab", "größer", "日本", "😀!", " a", "x, y", "a\\\"b"]);
+    let mut lines = Vec::new();
+    for room in 1..=20 {
+        lines.push(json!({"prompt": "A", "regex": "[0-9]+x", "max_new_tokens": room}));
+        lines.push(json!({"prompt": "A", "regex": "(yes|no)[.!]*", "max_new_tokens": room}));
+        lines.push(json!({"prompt": "A", "choices": choices, "max_new_tokens": room}));
+    }
+    let prompts: Vec<String> = lines.iter().map(Value::to_string).collect();
+    let prompts = scratch.file("prompts.jsonl", prompts.join("\n"));
+    let farm = farm(&scratch, "ends").prompts(prompts);
+    farm.ends_with(0);
+    for (line, record) in lines.iter().zip(farm.records()) {
+        let (text, room) = (record["text"].as_str().expect("a text"), &line["max_new_tokens"]);
+        if room.as_u64() < Some(12) && record["finish_reason"] == "length" {
+            assert!(room.as_u64() < Some(4), "{line}: {record}");
+            continue;
+        }
+        assert_eq!(record["finish_reason"], "stop", "{line}: {record}");
+        let follows = match line["regex"].as_str() {
+            Some("[0-9]+x") => schema::matches("[0-9]+x", text),
+            Some(_) => {
+                let rest = text.strip_prefix("yes").or(text.strip_prefix("no"));
+                rest.is_some_and(|rest| rest.chars().all(|c| ".!".contains(c)))
+            }
+            None => choices.as_array().expect("a list").contains(&json!(text)),
+        };
+        assert!(follows, "{line}: {record}");
+    }
+}
+
+/// OpenAI's `response_format` in every kind of record.
+#[test]
+fn response_formats_hold_in_all_kinds_of_records() {
+    let scratch = Scratch::new();
+    let template = "{% for m in messages %}{{ m.content }}{% endfor %}";
+    let model = scratch.path("model");
+    std::fs::create_dir(&model).expect("a folder");
+    for entry in std::fs::read_dir(tiny()).expect("the model") {
+        let file = entry.expect("a file").path();
+        std::fs::copy(&file, model.join(file.file_name().expect("a name"))).expect("a copy");
+    }
+    std::fs::write(model.join("chat_template.jinja"), template).expect("a template");
+    let strict = json!({"type": "json_schema",
+        "json_schema": {"name": "n", "strict": true, "schema": a_schema()}});
+    let formats = [strict, json!({"type": "json_object"}), json!({"type": "text"})];
+    let messages = json!([{"role": "user", "content": "Once"}]);
+    let mut lines = Vec::new();
+    for format in &formats {
+        lines.push(json!({"prompt": "Once", "response_format": format}));
+        lines.push(json!({"messages": messages, "response_format": format}));
+        for (url, field, prompt) in [
+            ("/v1/completions", "prompt", json!("Once")),
+            ("/v1/chat/completions", "messages", messages.clone()),
+        ] {
+            let body = json!({"model": "m", field: prompt, "response_format": format});
+            lines.push(json!({"custom_id": "c", "method": "POST", "url": url, "body": body}));
+        }
+    }
+    let wrong = json!({"type": "grammar"});
+    lines.push(json!({"messages": messages, "response_format": wrong}));
+    let prompts: Vec<String> = lines.iter().map(Value::to_string).collect();
+    let prompts = scratch.file("formats.jsonl", prompts.join("\n"));
+    let farm = scratch.farm("formats", Launch::Alone, "generate").model(&model);
+    // Every record has its own format in the place of this.
+    let farm = farm.prompts(prompts).args(["--max-new-tokens", "60", "--choices", "flag"]);
+    farm.ends_with(4);
+    let records = farm.records();
+    let schema = a_schema();
+    for (i, record) in records[..12].iter().enumerate() {
+        let choice = &record["response"]["body"]["choices"][0];
+        let texts = [&record["text"], &choice["text"], &choice["message"]["content"]];
+        let text = texts.iter().find_map(|text| text.as_str()).expect("a text");
+        let object = json!({"type": "object"});
+        let schema = match i / 4 {
+            0 => &schema,
+            1 => &object,
+            _ => {
+                assert_ne!(text, "flag", "{record}");
+                continue;
+            }
+        };
+        let value: Value = serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {record}"));
+        assert_eq!(schema::validate(schema, schema, &value), Ok(()), "{text}");
+    }
+    assert_eq!(records[12]["error"]["code"], "unsupported_field");
+}
+
+/// A score writes no text: what it should be does not matter.
+#[test]
+fn a_score_makes_no_grammar() {
+    let scratch = Scratch::new();
+    let lines = [
+        json!({"prompt": "Once upon", "regex": "("}),
+        json!({"prompt": "Once upon", "choices": ["a"]}),
+    ];
+    let prompts = scratch.file("p.jsonl", lines.map(|line| line.to_string()).join("\n"));
+    let farm = scratch.farm("score", Launch::Alone, "score").model(tiny()).prompts(prompts);
+    farm.ends_with(0);
+    assert!(farm.records().iter().all(|record| record["score"]["tokens"].is_u64()));
+}
+
 #[test]
 fn records_say_themselves_what_they_want() {
     let scratch = Scratch::new();
@@ -133,9 +328,12 @@ fn what_cannot_be_followed_is_refused_before_any_work() {
     let scratch = Scratch::new();
     let prompts = prompts(&scratch, 1);
     let bad = scratch.file("bad.json", r#"{"type": "strin"}"#);
+    let unique = scratch.file("unique.json", r#"{"type": "array", "uniqueItems": true}"#);
     for (name, flag, value, code, word) in [
         ("file", "--json-schema", bad.to_str().expect("a path"), 3, "bad.json"),
         ("missing", "--json-schema", "/none/s.json", 3, "/none/s.json"),
+        ("keyword", "--json-schema", unique.to_str().expect("a path"), 3, "\"uniqueItems\""),
+        ("keywords", "--json-schema", unique.to_str().expect("a path"), 3, "minItems"),
         ("pattern", "--regex", "(", 2, "--regex"),
         ("choices", "--choices", "a,,b", 2, "--choices"),
     ] {

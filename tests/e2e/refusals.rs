@@ -205,7 +205,8 @@ fn a_wrong_command_line_is_refused() {
         refused(&farm.clone().without("--model"), 2, "--model");
         refused(&farm.clone().without("--prompts-file"), 2, "--prompts-file");
         // Ranks that do not make whole groups.
-        refused(&farm.clone().args(["--tensor-parallel", "4"]), 2, "--tensor-parallel");
+        refused(&farm.clone().args(["--tensor-parallel", "4"]), 2, "srun -n 4");
+        refused(&farm.clone().args(["--tensor-parallel", "4"]), 2, "--local-ranks 4");
     }
     for launch in Launch::all(&[], &[2]).into_iter().skip(1) {
         let farm = scratch.farm("run", launch, "generate");

@@ -136,7 +136,11 @@ fn a_complete_run_is_not_generated_again_but_written_again() {
         fs::write(farm.out(), "something else").expect("the output");
         // The failed record is still one.
         let ended = farm.clone().args(["--resume"]).ends_with(4);
-        assert!(ended.stderr.contains("all 2 records were done before"), "{}", ended.stderr);
+        for word in ["all 2 records were done before", "1 of 2 records failed", "errors.jsonl"] {
+            assert!(ended.stderr.contains(word), "{word}: {}", ended.stderr);
+        }
+        let retry = format!("farm retry {}", farm.run_dir().display());
+        assert!(ended.stderr.contains(&retry), "{}", ended.stderr);
         assert_eq!(farm.output(), expected, "{launch:?}");
         assert_eq!(farm.journals().duplicates(), 0, "{launch:?}");
         assert_eq!(farm.stats(), stats, "the figures of the work stay");

@@ -97,13 +97,22 @@ fn no_stage_reads_the_model_where_it_lies() {
 fn farm_stage_leaves_a_copy_for_later_runs() {
     let scratch = Scratch::new();
     let farm = farm(&scratch, "run", Launch::Alone);
-    let mut stage = Command::new(env!("CARGO_BIN_EXE_farm"));
-    stage.arg("stage").arg("--model").arg(golden("llama_gqa"));
-    stage.arg("--stage-dir").arg(farm.stage_dir());
-    let ended = crate::common::run(&mut stage).with_code(0);
-    let copy = String::from_utf8_lossy(&ended.stdout).into_owned();
-    assert!(copy.starts_with(farm.stage_dir().to_str().expect("a path")), "{copy}");
-    assert_eq!(shards(&farm).len(), 4);
+    let model = golden("llama_gqa");
+    // As `farm inspect` has it, as the other commands have it, and by the environment.
+    let mut by_argument = Farm::plain(["stage"]);
+    by_argument.arg(&model).env("FARM_MODEL", "/elsewhere");
+    let mut by_flag = Farm::plain(["stage"]);
+    by_flag.arg("--model").arg(&model);
+    for mut stage in [by_argument, by_flag] {
+        stage.arg("--stage-dir").arg(farm.stage_dir());
+        let ended = crate::common::run(&mut stage).with_code(0);
+        let copy = String::from_utf8_lossy(&ended.stdout).into_owned();
+        assert!(copy.starts_with(farm.stage_dir().to_str().expect("a path")), "{copy}");
+        assert_eq!(shards(&farm).len(), 4);
+    }
+    crate::common::run(Farm::plain(["inspect"]).env("FARM_MODEL", &model)).with_code(0);
+    crate::common::run(Farm::plain(["inspect", "--model"]).arg(&model)).with_code(0);
+    crate::common::run(&mut Farm::plain(["inspect"])).with_code(2);
     assert_eq!(run(&farm)["bytes_read_source"], 0);
     assert_eq!(shards(&farm).len(), 4);
 }

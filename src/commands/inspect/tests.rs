@@ -11,7 +11,7 @@ fn golden(case: &str) -> PathBuf {
 }
 
 fn look(model: &Path, tokenizer: Option<PathBuf>) -> Inspection {
-    let args = InspectArgs { model: model.to_owned(), tokenizer, tensors: true, json: true };
+    let args = InspectArgs { model: model.to_owned().into(), tokenizer, tensors: true, json: true };
     inspect(&args).unwrap_or_else(|error| panic!("{}: {error}", model.display()))
 }
 

@@ -11,8 +11,8 @@ use llguidance::toktrie::{ApproximateTokEnv, INVALID_TOKEN, TokEnv, TokRxInfo, T
 use llguidance::{ParserFactory, TokenParser, panic_utils};
 use serde_json::{Value, json};
 
-use super::closing::closing;
-use super::numbers::Place;
+use super::closing::{Step, closing};
+use super::position::Position;
 use super::{Guide, Matcher};
 
 /// Grammars that are kept for the next record with the same guide.
@@ -21,6 +21,37 @@ const KEPT_GRAMMARS: usize = 32;
 const MAX_TOKEN_BYTES: usize = 512;
 /// Stack for the compiler, which descends into nested schemas and patterns.
 const STACK_BYTES: usize = 256 << 20;
+
+/// What llguidance follows of JSON Schema, for messages.
+const KEYWORDS: [&str; 27] = [
+    "type",
+    "enum",
+    "const",
+    "anyOf",
+    "allOf",
+    "oneOf",
+    "$ref",
+    "properties",
+    "required",
+    "additionalProperties",
+    "patternProperties",
+    "minProperties",
+    "maxProperties",
+    "items",
+    "prefixItems",
+    "additionalItems",
+    "minItems",
+    "maxItems",
+    "minLength",
+    "maxLength",
+    "pattern",
+    "format",
+    "minimum",
+    "maximum",
+    "exclusiveMinimum",
+    "exclusiveMaximum",
+    "multipleOf",
+];
 
 /// Makes grammars for one model's vocabulary. Shared by the threads of a rank.
 pub struct Guides {
@@ -46,8 +77,12 @@ pub(super) struct Facts {
     pub(super) eos_token_ids: Arc<[u32]>,
     /// Tokens with a digit in them, for JSON; else none.
     pub(super) numeric: Arc<[u32]>,
-    /// Tokens of a short text that the grammar accepts; 0 where none was found.
-    pub(super) shortest: usize,
+    /// How ways out are searched for.
+    pub(super) step: Step,
+    /// A short text that the grammar accepts; empty where none was found, too.
+    pub(super) shortest: Arc<[u32]>,
+    /// One of the fewest tokens, if `shortest` did not fit into the room of a text.
+    pub(super) fewest: Arc<OnceLock<Option<Vec<u32>>>>,
 }
 
 impl Guides {
@@ -113,9 +148,15 @@ impl Grammar {
             format!("the model's tokens can write no text that the guide allows ({reason})")
         })?;
         let trie = factory.tok_env().tok_trie();
-        let place = is_json.then(Place::default);
-        let shortest =
-            guarded(|| Ok::<_, Infallible>(closing(&start.parser, trie, place, &[], usize::MAX)))?;
+        let position = is_json.then(Position::default);
+        // In the parser itself, so that every clone inherits what the lexer has learnt.
+        let mut by = |step| closing(&mut start.parser, trie, position.as_ref(), step);
+        let (step, shortest) = guarded(|| {
+            Ok::<_, Infallible>(match by(Step::Byte) {
+                Some(shortest) => (Step::Byte, Some(shortest)),
+                None => (Step::ShallowByte, by(Step::ShallowByte)),
+            })
+        })?;
         let has_digit = |id: &u32| trie.token(*id).iter().any(u8::is_ascii_digit);
         let numeric = (0..trie.vocab_size() as u32).filter(|id| is_json && has_digit(id));
         let eos = trie.eos_tokens().iter().copied().filter(|&id| id != INVALID_TOKEN);
@@ -123,7 +164,9 @@ impl Grammar {
             is_json,
             eos_token_ids: eos.collect(),
             numeric: numeric.collect(),
-            shortest: shortest.map_or(0, |tokens| tokens.len()),
+            step,
+            shortest: shortest.unwrap_or_default().into(),
+            fewest: Arc::default(),
         };
         Ok(Self { start: Mutex::new(start), facts })
     }
@@ -260,6 +303,12 @@ fn on_one_line(error: &str) -> String {
         Some((place, rest)) if !place.contains(' ') => rest,
         _ => first,
     };
+    if let Some(keywords) = first.strip_prefix("Unimplemented keys: ") {
+        return format!(
+            "the keywords {keywords} cannot be followed; what farm follows: {}",
+            KEYWORDS.join(", ")
+        );
+    }
     let first: String = first.chars().take(300).collect();
     match error.lines().skip(1).find_map(|line| line.strip_prefix("error: ")) {
         Some(reason) => format!("{first} {reason}"),

@@ -15,6 +15,7 @@ mod closing;
 mod compile;
 mod matcher;
 mod numbers;
+mod position;
 
 #[cfg(test)]
 pub(crate) mod testing;

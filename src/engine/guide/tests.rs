@@ -207,3 +207,66 @@ fn equal_guides_share_a_grammar_and_few_are_kept() {
     let again = guides.compile(&guide(1)).unwrap();
     assert_eq!(again.start().shortest(), first.start().shortest());
 }
+
+/// Where a text of random tokens begins with just enough room, it ends in time, whatever
+/// the pattern: the room of the fewest tokens suffices.
+#[test]
+fn the_fewest_tokens_suffice() {
+    let guides = guides();
+    let mut draws = Draws(4);
+    for (pattern, fewest) in [
+        ("[0-9]+x", 2),
+        ("[0-9]+x|abc", 1),
+        ("(x|y){5}", 5),
+        // Fewer bytes, more tokens.
+        ("name|xy", 1),
+        ("true(true|false|xyz){3}", 4),
+        ("a{3,}b{3,}c", 6),
+        ("(a|b)*a(a|b){9}", 5),
+        (".*255", 1),
+        ("[^x]*x[^y]*y", 2),
+        ("(ab){40}", 40),
+        ("é+(no|null)z", 3),
+    ] {
+        let grammar = guides.compile(&Guide::Regex(pattern.into())).unwrap();
+        for room in [fewest, fewest + 1, fewest + 3, fewest + 20, 100] {
+            for _ in 0..8 {
+                let (tokens, whole) = draw(&mut grammar.start(), room, &mut draws);
+                assert!(whole && tokens.len() <= room, "{pattern} in {room}: {}", text(&tokens));
+            }
+        }
+        if fewest > 1 {
+            let (tokens, whole) = draw(&mut grammar.start(), fewest - 1, &mut draws);
+            assert!(!whole, "{pattern}: {}", text(&tokens));
+        }
+    }
+}
+
+#[test]
+fn zz_time() {
+    let guides = guides();
+    let mut draws = Draws(4);
+    for schema in schemas() {
+        let t = std::time::Instant::now();
+        let grammar = guides.compile(&Guide::json_schema(&schema)).unwrap();
+        let c = t.elapsed();
+        let m = grammar.start();
+        let t = std::time::Instant::now();
+        for _ in 0..20 {
+            std::hint::black_box(grammar.start());
+        }
+        let d = t.elapsed() / 20;
+        drop(m);
+        let t = std::time::Instant::now();
+        let mut n = 0;
+        for _ in 0..5 {
+            let (tokens, _) = draw(&mut grammar.start(), 200, &mut draws);
+            n += tokens.len();
+        }
+        println!(
+            "compile {c:?} start {d:?} token {:?} {n} shortest {}",
+            t.elapsed() / n as u32,
+            grammar.start().shortest()
+        );
+    }
+}

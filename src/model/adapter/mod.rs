@@ -33,6 +33,8 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use serde_json::{Map, Value};
+
 pub use delta::{Deltas, EmbeddingDeltas, Layer};
 pub use rows::{AdapterRows, RowAdapters};
 
@@ -208,6 +210,17 @@ impl Adapter {
         &self.source.name
     }
 
+    /// Memory that a rank may need for it: its tensors, and once more, widened, what an
+    /// embedding's A is turned into.
+    pub fn memory_bytes(&self) -> u64 {
+        let stored: u64 = self.table.iter().filter_map(|(_, tensor)| tensor.bytes()).sum();
+        let embedding = self.module(self.names.embed_tokens);
+        let by_token = embedding.and_then(|module| {
+            Some(module.shape.rows as u64 * module.low_rank.as_ref()?.rank as u64 * 4)
+        });
+        stored + by_token.unwrap_or(0)
+    }
+
     /// What it changes, for people.
     pub fn summary(&self) -> String {
         let low_rank: Vec<_> = self.modules.values().filter_map(|m| m.low_rank.as_ref()).collect();
@@ -257,24 +270,24 @@ pub fn linear_modules(config: &ModelConfig) -> BTreeMap<String, [usize; 2]> {
     linear.map(|(name, shape)| (name, [shape.rows, shape.cols])).collect()
 }
 
-/// What tells one set of adapters from another, in whatever order they are given: their
-/// names, and the bytes of their files.
+/// What tells one set of adapters from another, in whatever order they are given: by their
+/// names, a hash of their files' bytes; null where there are none.
 ///
 /// # Errors
 /// A file that cannot be read.
-pub fn identity(sources: &[AdapterSource]) -> Result<Option<String>> {
+pub fn identity(sources: &[AdapterSource]) -> Result<Value> {
     if sources.is_empty() {
-        return Ok(None);
+        return Ok(Value::Null);
     }
     let mut sources: Vec<&AdapterSource> = sources.iter().collect();
     sources.sort_by(|a, b| a.name.cmp(&b.name));
-    let mut hasher = blake3::Hasher::new();
+    let mut hashes = Map::new();
     for source in sources {
         let files = match source.path.is_dir() {
             true => peft::files(&source.path)?.to_vec(),
             false => vec![source.path.clone()],
         };
-        hasher.update(&(source.name.len() as u64).to_le_bytes()).update(source.name.as_bytes());
+        let mut hasher = blake3::Hasher::new();
         for path in files {
             let unreadable = |e| Error::input(format!("{}: {e}", path.display()));
             let mut file = std::fs::File::open(&path).map_err(unreadable)?;
@@ -282,6 +295,8 @@ pub fn identity(sources: &[AdapterSource]) -> Result<Option<String>> {
             std::io::copy(&mut file, &mut of_file).map_err(unreadable)?;
             hasher.update(of_file.finalize().as_bytes());
         }
+        let hash = hasher.finalize().to_hex()[..16].to_owned();
+        hashes.insert(source.name.clone(), hash.into());
     }
-    Ok(Some(hasher.finalize().to_hex()[..16].to_owned()))
+    Ok(Value::Object(hashes))
 }

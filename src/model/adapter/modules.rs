@@ -145,6 +145,7 @@ pub(super) fn fit(
                      replaces only the embedding and the output projection"
                 )));
             }
+            check_vocabulary(table, replaced, 0, shape)?;
             check_shape(table, replaced, 1, [shape.rows, shape.cols], "the model")?;
         }
         Ok((name, Module { low_rank, replaced: parts.replaced, shape }))
@@ -190,6 +191,11 @@ fn low_rank(
         true => [inputs, rank],
         false => [shape.stack * rank, inputs],
     };
+    match shape.role {
+        Role::Linear => {}
+        Role::Embedding => check_vocabulary(table, &a, usize::from(!a_by_token), shape)?,
+        Role::Output => check_vocabulary(table, &b, 0, shape)?,
+    }
     let by = format!("the model with a rank of {rank}");
     check_shape(table, &a, shape.stack, wanted_a, &by)?;
     check_shape(table, &b, shape.stack, [outputs, rank], &by)?;
@@ -225,6 +231,18 @@ fn check_shape(
          another model?",
         table.shape(name).unwrap_or_default()
     )))
+}
+
+/// That a tensor whose dimension `axis` is the vocabulary has the model's.
+fn check_vocabulary(table: &TensorTable, name: &str, axis: usize, shape: Shape) -> Result<()> {
+    let tokens = table.shape(name).and_then(|shape| shape.get(axis).copied());
+    match tokens {
+        Some(tokens) if tokens != shape.rows => Err(Error::input(format!(
+            "tensor {name} is for a vocabulary of {tokens} tokens, the model has {}: the adapter              was trained after resize_token_embeddings, or for another model. farm runs adapters              of the model's own vocabulary; merge this one into its resized model (PEFT's              merge_and_unload) and run the result",
+            shape.rows
+        ))),
+        _ => Ok(()),
+    }
 }
 
 fn check_dtype(table: &TensorTable, name: &str) -> Result<()> {

@@ -252,6 +252,43 @@ fn damaged_bytes_never_panic() {
 }
 
 #[test]
+fn another_vocabulary_is_said_to_be_one() {
+    let head = "base_model.model.lm_head";
+    for (name, shape) in [
+        (format!("{head}.weight"), vec![700, 64]),
+        ("base_model.model.model.embed_tokens.weight".into(), vec![700, 64]),
+        ("base_model.model.model.embed_tokens.lora_embedding_A".into(), vec![4, 700]),
+        (format!("{head}.lora_B.weight"), vec![700, 4]),
+    ] {
+        let dir = adapter(|_, tensors| {
+            let mut add = |name: &str, shape| tensors.insert(name.into(), (Dtype::F32, shape));
+            add(&name, shape.clone());
+            if name.ends_with("lora_B.weight") {
+                add(&format!("{head}.lora_A.weight"), vec![4, 64]);
+            }
+            if name.ends_with("embedding_A") {
+                add(&name.replace("embedding_A", "embedding_B"), vec![64, 4]);
+            }
+        });
+        refused(dir.path(), "llama_gqa", &["700 tokens", "vocabulary", "merge"]);
+    }
+}
+
+/// The file without its header; of an embedding, A once more by token.
+#[test]
+fn memory_is_that_of_the_tensors() {
+    for (name, more) in [("lora_qv", 0), ("dora", 0), ("lora_embedding", 1)] {
+        let dir = golden("adapters").join(name);
+        let adapter = open(&dir, "llama_gqa").unwrap();
+        let file = std::fs::read(dir.join("adapter_model.safetensors")).unwrap();
+        let header = 8 + u64::from_le_bytes(file[..8].try_into().unwrap());
+        let by_token = more * config_of("llama_gqa").vocab_size as u64 * 4 * 4;
+        let rest = adapter.memory_bytes() - (file.len() as u64 - header);
+        assert!(rest == 0 && more == 0 || rest >= by_token && more == 1, "{name}: {rest}");
+    }
+}
+
+#[test]
 fn the_identity_is_of_names_and_bytes_in_any_order() {
     let (one, two) = (adapter(|_, _| ()), adapter(|config, _| config["lora_alpha"] = json!(9)));
     let source = |name: &str, dir: &TempDir| AdapterSource {
@@ -259,7 +296,7 @@ fn the_identity_is_of_names_and_bytes_in_any_order() {
         path: dir.path().to_owned(),
     };
     let of = |sources: &[AdapterSource]| identity(sources).unwrap();
-    assert_eq!(of(&[]), None);
+    assert_eq!(of(&[]), Value::Null);
     let both = of(&[source("a", &one), source("b", &two)]);
     assert_eq!(both, of(&[source("b", &two), source("a", &one)]));
     assert_ne!(both, of(&[source("a", &two), source("b", &one)]));
