@@ -15,6 +15,8 @@ const SHAPES: [(usize, usize); 5] =
     [(768, 768), (768, 2048), (2048, 768), (768, 32000), (2048, 2048)];
 /// Tokens of a micro-batch.
 const MS: [usize; 3] = [64, 512, 2048];
+/// Rows of activations in the comparison by type of weights.
+const ROWS: [usize; 7] = [1, 4, 8, 16, 32, 128, 512];
 /// Rank of an adapter.
 const RANK: usize = 16;
 
@@ -74,7 +76,7 @@ fn by_rows() {
     fn row<E: Element>(name: &str, from: impl Fn(f32) -> E) {
         let weights: Vec<E> = values(WIDTH * WIDTH).into_iter().map(from).collect();
         print!("{name:>5}");
-        for m in [1, 4, 8, 16, 32, 128, 512] {
+        for m in ROWS {
             let (x, mut out) = (values(m * WIDTH), vec![0.0; m * WIDTH]);
             let w = matrix(&weights, WIDTH);
             let rate = rate(m, WIDTH, WIDTH, || gemm::linear(&x, m, w, None, &mut out));
@@ -86,6 +88,15 @@ fn by_rows() {
     println!("type      m=1      4      8     16     32    128    512");
     row::<f32>("f32", |v| v);
     row::<bf16>("bf16", bf16::from_f32);
+    let weights: Vec<bf16> = values(WIDTH * WIDTH).into_iter().map(bf16::from_f32).collect();
+    print!("pairs");
+    for m in ROWS {
+        let (x, mut out) = (values(m * WIDTH), vec![0.0; m * WIDTH]);
+        let w = matrix(&weights, WIDTH);
+        let rate = rate(m, WIDTH, WIDTH, || gemm::linear_bf16(&x, m, w, None, &mut out));
+        print!(" {rate:>6.1}");
+    }
+    println!("   (bf16, activations rounded to it)");
     row::<f16>("f16", f16::from_f32);
 }
 

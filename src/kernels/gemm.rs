@@ -1,10 +1,11 @@
 //! `out = x · Wᵀ (+ bias)`: activations times a weight matrix as it lies in the
 //! checkpoint, rows of `in_features` contiguous values.
 //!
-//! Weights are f32, bf16 or f16 and are widened to f32 in registers (exactly), so
+//! Weights are f32, bf16 or f16. [`linear`] widens them to f32 in registers (exactly), so
 //! a half-precision model costs half the memory traffic and gives the bits of the
-//! same model converted to f32. Each output is one dot product with 16 running
-//! sums, whatever the tile it is computed in.
+//! same model converted to f32. [`linear_bf16`] rounds the activations instead and takes
+//! two products at once. Each output is one dot product with 16 running sums, whatever the
+//! tile it is computed in.
 
 #![allow(clippy::needless_range_loop, reason = "tiles are indexed in two dimensions at once")]
 
@@ -12,65 +13,19 @@ pub(super) mod back;
 
 pub use back::{gradient, multiply};
 
-use std::cell::RefCell;
+mod product;
 
-use half::{bf16, f16};
+pub(super) use product::padded;
+pub use product::{Element, widen};
+
+use std::cell::{Cell, RefCell};
+
+use half::bf16;
 
 use super::parallel::{self, SharedMut};
 use super::simd::{LANES, Simd};
 use super::{Tier, tier};
-
-/// A type that weights are stored in.
-pub trait Element: Copy + Send + Sync + 'static {
-    /// Zero.
-    const ZERO: Self;
-    /// Widens one value, exactly.
-    fn to_f32(self) -> f32;
-    /// Widens 16 values, exactly.
-    ///
-    /// # Safety
-    /// As [`Simd::load`].
-    unsafe fn load<S: Simd>(p: *const Self) -> S::V;
-}
-
-impl Element for f32 {
-    const ZERO: Self = 0.0;
-
-    fn to_f32(self) -> f32 {
-        self
-    }
-    #[inline(always)]
-    unsafe fn load<S: Simd>(p: *const Self) -> S::V {
-        // SAFETY: the caller's.
-        unsafe { S::load(p) }
-    }
-}
-
-impl Element for bf16 {
-    const ZERO: Self = bf16::ZERO;
-
-    fn to_f32(self) -> f32 {
-        bf16::to_f32(self)
-    }
-    #[inline(always)]
-    unsafe fn load<S: Simd>(p: *const Self) -> S::V {
-        // SAFETY: the caller's.
-        unsafe { S::load_bf16(p) }
-    }
-}
-
-impl Element for f16 {
-    const ZERO: Self = f16::ZERO;
-
-    fn to_f32(self) -> f32 {
-        f16::to_f32(self)
-    }
-    #[inline(always)]
-    unsafe fn load<S: Simd>(p: *const Self) -> S::V {
-        // SAFETY: the caller's.
-        unsafe { S::load_f16(p) }
-    }
-}
+use product::{Pairs, Product, Wide};
 
 /// A borrowed weight matrix `[rows, cols]` with `stride` elements from row to row.
 #[derive(Clone, Copy)]
@@ -116,6 +71,21 @@ pub fn linear<E: Element>(
     linear_in_tier(tier(), x, m, w, bias, out);
 }
 
+/// As [`linear`], with the activations rounded to bf16: twice as fast where the CPU
+/// multiplies such pairs itself (AVX-512 BF16).
+///
+/// # Panics
+/// As [`linear`].
+pub fn linear_bf16(
+    x: &[f32],
+    m: usize,
+    w: Matrix<'_, bf16>,
+    bias: Option<&[f32]>,
+    out: &mut [f32],
+) {
+    linear_bf16_in_tier(tier(), x, m, w, bias, out);
+}
+
 pub(super) fn linear_in_tier<E: Element>(
     tier: Tier,
     x: &[f32],
@@ -123,6 +93,49 @@ pub(super) fn linear_in_tier<E: Element>(
     w: Matrix<'_, E>,
     bias: Option<&[f32]>,
     out: &mut [f32],
+) {
+    in_panels(x, m, w, bias, out, |panel| {
+        // SAFETY: the panel lies inside the slices.
+        unsafe {
+            if panel.m < LEAST_ROWS {
+                run_panel(tier, panel);
+            } else {
+                with_copied(panel, |panel| run_panel(tier, panel));
+            }
+        }
+    });
+}
+
+fn linear_bf16_in_tier(
+    tier: Tier,
+    x: &[f32],
+    m: usize,
+    w: Matrix<'_, bf16>,
+    bias: Option<&[f32]>,
+    out: &mut [f32],
+) {
+    with_rounded(x, |x| {
+        in_panels(x, m, w, bias, out, |panel| {
+            // SAFETY: as above.
+            unsafe {
+                if panel.m < LEAST_ROWS {
+                    run_pairs(tier, panel);
+                } else {
+                    with_copied(panel, |panel| run_pairs(tier, panel));
+                }
+            }
+        });
+    });
+}
+
+/// Cuts a product into panels and runs them on the rank's threads.
+fn in_panels<X: Element, E: Element>(
+    x: &[X],
+    m: usize,
+    w: Matrix<'_, E>,
+    bias: Option<&[f32]>,
+    out: &mut [f32],
+    run: impl Fn(&Panel<E, X>) + Sync,
 ) {
     assert_eq!(x.len(), m * w.cols);
     assert_eq!(out.len(), m * w.rows);
@@ -136,7 +149,7 @@ pub(super) fn linear_in_tier<E: Element>(
     let out = SharedMut::new(out);
     parallel::for_each(row_tasks * m.div_ceil(task_m), 2 * m * w.rows * w.cols, |task| {
         let (start, first) = (task / row_tasks * task_m, task % row_tasks * task_rows);
-        let panel = Panel {
+        run(&Panel {
             x: x[start * w.cols..].as_ptr(),
             m: task_m.min(m - start),
             // SAFETY: `first < rows`, and the data hold every row (asserted above).
@@ -149,16 +162,13 @@ pub(super) fn linear_in_tier<E: Element>(
             // SAFETY: inside `out`; tasks write disjoint rows or columns.
             out: unsafe { out.get().add(start * w.rows + first) },
             out_stride: w.rows,
-        };
-        // SAFETY: the pointers above.
-        unsafe {
-            if panel.m < LEAST_ROWS { run_panel(tier, &panel) } else { run_copied(tier, &panel) }
-        };
+        });
     });
 }
 
 thread_local! {
     static BUFFER: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static ROUNDED: Cell<Vec<bf16>> = const { Cell::new(Vec::new()) };
 }
 
 /// Calls `work` with `len` values of this thread, whatever they are, that begin at a line
@@ -173,9 +183,29 @@ pub(super) fn with_buffer(len: usize, work: impl FnOnce(&mut [f32])) {
     });
 }
 
-/// As [`run_panel`], over a copy of the weights whose rows begin at lines of the cache, and
+/// Calls `work` with `x` rounded to bf16, in memory that this thread keeps.
+fn with_rounded(x: &[f32], work: impl FnOnce(&[bf16])) {
+    /// Values that one thread rounds at a time.
+    const PART: usize = 16 << 10;
+    // Taken out for the while: a task of another product may run on this thread meanwhile.
+    let mut rounded = ROUNDED.take();
+    if rounded.len() < x.len() {
+        rounded.resize(x.len(), bf16::ZERO);
+    }
+    let to = SharedMut::new(&mut rounded);
+    parallel::for_each(x.len().div_ceil(PART), x.len(), |part| {
+        let from = &x[part * PART..x.len().min((part + 1) * PART)];
+        // SAFETY: parts are disjoint, and the buffer is as long as `x`.
+        let to = unsafe { std::slice::from_raw_parts_mut(to.get().add(part * PART), from.len()) };
+        product::round(from, to);
+    });
+    work(&rounded[..x.len()]);
+    ROUNDED.set(rounded);
+}
+
+/// Calls `run` with a copy of the panel's weights whose rows begin at lines of the cache, and
 /// not a power of two apart, which would put them all into the same few sets of it.
-unsafe fn run_copied<E: Element>(tier: Tier, p: &Panel<E>) {
+unsafe fn with_copied<X, E: Element>(p: &Panel<E, X>, run: impl FnOnce(&Panel<E, X>)) {
     let line = LINE_BYTES / size_of::<E>();
     let stride = p.cols.next_multiple_of(line) + line;
     with_buffer((p.rows * stride * size_of::<E>()).div_ceil(size_of::<f32>()), |buffer| {
@@ -186,8 +216,8 @@ unsafe fn run_copied<E: Element>(tier: Tier, p: &Panel<E>) {
             for row in 0..p.rows {
                 w.add(row * stride).copy_from_nonoverlapping(p.w.add(row * p.stride), p.cols);
             }
-            run_panel(tier, &Panel { w, stride, ..*p });
         }
+        run(&Panel { w, stride, ..*p });
     });
 }
 
@@ -200,8 +230,8 @@ pub(super) fn activation_rows(m: usize, cols: usize, row_tasks: usize) -> usize 
 }
 
 /// Some rows of the weights against all activations.
-pub(super) struct Panel<E> {
-    pub(super) x: *const f32,
+pub(super) struct Panel<E, X = f32> {
+    pub(super) x: *const X,
     pub(super) m: usize,
     pub(super) w: *const E,
     pub(super) rows: usize,
@@ -215,35 +245,58 @@ pub(super) struct Panel<E> {
 /// # Safety
 /// The panel's pointers are valid for its shape.
 pub(super) unsafe fn run_panel<E: Element>(tier: Tier, panel: &Panel<E>) {
+    // SAFETY: the caller's.
+    unsafe { run_product::<Wide<E>>(tier, panel) }
+}
+
+/// As [`run_panel`], by pairs.
+unsafe fn run_pairs(tier: Tier, panel: &Panel<bf16, bf16>) {
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16")]
+    unsafe fn native(panel: &Panel<bf16, bf16>) {
+        // SAFETY: the features are on; the panel's pointers are the caller's.
+        unsafe { panel_in_tiles::<super::simd::Avx512, Pairs<true>, 6>(panel) }
+    }
+    #[cfg(target_arch = "x86_64")]
+    if tier == Tier::Avx512 && is_x86_feature_detected!("avx512bf16") {
+        // SAFETY: the instructions are there; the panel is the caller's.
+        return unsafe { native(panel) };
+    }
+    // SAFETY: the caller's.
+    unsafe { run_product::<Pairs<false>>(tier, panel) }
+}
+
+unsafe fn run_product<P: Product>(tier: Tier, panel: &Panel<P::W, P::X>) {
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    unsafe fn avx512<E: Element>(panel: &Panel<E>) {
+    unsafe fn avx512<P: Product>(panel: &Panel<P::W, P::X>) {
         // SAFETY: the features are on; the panel's pointers are the caller's.
-        unsafe { panel_in_tiles::<super::simd::Avx512, E, 6>(panel) }
+        unsafe { panel_in_tiles::<super::simd::Avx512, P, 6>(panel) }
     }
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn avx2<E: Element>(panel: &Panel<E>) {
+    unsafe fn avx2<P: Product>(panel: &Panel<P::W, P::X>) {
         // SAFETY: as above.
-        unsafe { panel_in_tiles::<super::simd::Avx2, E, 1>(panel) }
+        unsafe { panel_in_tiles::<super::simd::Avx2, P, 1>(panel) }
     }
     match tier {
         // SAFETY: `Tier::detect` has seen these instructions; the panel is in bounds.
         #[cfg(target_arch = "x86_64")]
-        Tier::Avx512 => unsafe { avx512(panel) },
+        Tier::Avx512 => unsafe { avx512::<P>(panel) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Tier::Avx2 => unsafe { avx2(panel) },
+        Tier::Avx2 => unsafe { avx2::<P>(panel) },
         // SAFETY: as above; no features needed.
-        _ => unsafe { panel_in_tiles::<super::simd::Scalar, E, 1>(panel) },
+        _ => unsafe { panel_in_tiles::<super::simd::Scalar, P, 1>(panel) },
     }
 }
 
 /// Tiles of up to `MR` rows of activations by [`TILE_ROWS`] rows of weights; `MR`
 /// is what the tier's registers hold.
 #[inline(always)]
-unsafe fn panel_in_tiles<S: Simd, E: Element, const MR: usize>(p: &Panel<E>) {
-    let block = (ACTIVATION_BYTES / (p.cols * 4).max(1)).next_multiple_of(MR).max(MR);
+unsafe fn panel_in_tiles<S: Simd, P: Product, const MR: usize>(p: &Panel<P::W, P::X>) {
+    let block =
+        (ACTIVATION_BYTES / (p.cols * size_of::<P::X>()).max(1)).next_multiple_of(MR).max(MR);
     for block_start in (0..p.m).step_by(block) {
         let block_end = (block_start + block).min(p.m);
         for row in (0..p.rows).step_by(TILE_ROWS) {
@@ -254,17 +307,17 @@ unsafe fn panel_in_tiles<S: Simd, E: Element, const MR: usize>(p: &Panel<E>) {
                 // SAFETY: rows `i..i+mr` and `row..row+nr` are inside the panel.
                 unsafe {
                     match (mr, nr == TILE_ROWS) {
-                        (6, true) => tile::<S, E, 6, TILE_ROWS>(p, i, row),
-                        (5, true) => tile::<S, E, 5, TILE_ROWS>(p, i, row),
-                        (4, true) => tile::<S, E, 4, TILE_ROWS>(p, i, row),
-                        (3, true) => tile::<S, E, 3, TILE_ROWS>(p, i, row),
-                        (2, true) => tile::<S, E, 2, TILE_ROWS>(p, i, row),
-                        (1, true) => tile::<S, E, 1, TILE_ROWS>(p, i, row),
+                        (6, true) => tile::<S, P, 6, TILE_ROWS>(p, i, row),
+                        (5, true) => tile::<S, P, 5, TILE_ROWS>(p, i, row),
+                        (4, true) => tile::<S, P, 4, TILE_ROWS>(p, i, row),
+                        (3, true) => tile::<S, P, 3, TILE_ROWS>(p, i, row),
+                        (2, true) => tile::<S, P, 2, TILE_ROWS>(p, i, row),
+                        (1, true) => tile::<S, P, 1, TILE_ROWS>(p, i, row),
                         _ => {
                             for (i, row) in
                                 (i..i + mr).flat_map(|i| (row..row + nr).map(move |r| (i, r)))
                             {
-                                tile::<S, E, 1, 1>(p, i, row);
+                                tile::<S, P, 1, 1>(p, i, row);
                             }
                         }
                     }
@@ -276,8 +329,8 @@ unsafe fn panel_in_tiles<S: Simd, E: Element, const MR: usize>(p: &Panel<E>) {
 }
 
 #[inline(always)]
-unsafe fn tile<S: Simd, E: Element, const M: usize, const N: usize>(
-    p: &Panel<E>,
+unsafe fn tile<S: Simd, P: Product, const M: usize, const N: usize>(
+    p: &Panel<P::W, P::X>,
     i: usize,
     row: usize,
 ) {
@@ -287,7 +340,7 @@ unsafe fn tile<S: Simd, E: Element, const M: usize, const N: usize>(
         let x = p.x.add(i * p.cols);
         let w = p.w.add(row * p.stride);
         let mut acc = [[S::splat(0.0); N]; M];
-        let whole = p.cols / LANES * LANES;
+        let whole = p.cols / P::STEP * P::STEP;
         // The first tile that passes over these weights brings the next rows near, else
         // memory would idle while the other tiles multiply. A single row multiplies so
         // fast that it must look further ahead.
@@ -297,25 +350,26 @@ unsafe fn tile<S: Simd, E: Element, const M: usize, const N: usize>(
         while k < whole {
             let mut xs = [S::splat(0.0); M];
             for m in 0..M {
-                xs[m] = S::load(x.add(m * p.cols + k));
+                xs[m] = P::activations::<S>(x.add(m * p.cols + k));
             }
             for n in 0..N {
                 if first {
                     S::prefetch(w.wrapping_add((n + ahead) * p.stride + k));
                 }
-                let wv = E::load::<S>(w.add(n * p.stride + k));
+                let wv = P::weights::<S>(w.add(n * p.stride + k));
                 for m in 0..M {
-                    acc[m][n] = S::fma(xs[m], wv, acc[m][n]);
+                    acc[m][n] = P::add::<S>(xs[m], wv, acc[m][n]);
                 }
             }
-            k += LANES;
+            k += P::STEP;
         }
         if whole < p.cols {
             for m in 0..M {
-                let xv = S::load(padded(x.add(m * p.cols + whole), p.cols - whole).as_ptr());
+                let tail = padded(x.add(m * p.cols + whole), p.cols - whole);
+                let xv = P::activations::<S>(tail.as_ptr());
                 for n in 0..N {
                     let wv = padded(w.add(n * p.stride + whole), p.cols - whole);
-                    acc[m][n] = S::fma(xv, S::load(wv.as_ptr()), acc[m][n]);
+                    acc[m][n] = P::add::<S>(xv, P::weights::<S>(wv.as_ptr()), acc[m][n]);
                 }
             }
         }
@@ -328,24 +382,11 @@ unsafe fn tile<S: Simd, E: Element, const M: usize, const N: usize>(
     }
 }
 
-/// The first `n < 16` values, then zeros.
-#[inline(always)]
-pub(super) unsafe fn padded<E: Element>(p: *const E, n: usize) -> [f32; LANES] {
-    // SAFETY: the caller gives `n` readable values.
-    std::array::from_fn(|i| if i < n { unsafe { *p.add(i) }.to_f32() } else { 0.0 })
-}
-
-/// Widens `n` elements to f32.
-pub fn widen<E: Element>(from: &[E], to: &mut [f32]) {
-    for (to, from) in to.iter_mut().zip(from) {
-        *to = from.to_f32();
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::kernels::tests::{random, tiers};
+    use half::f16;
 
     fn reference(x: &[f32], m: usize, w: &[f32], n: usize, k: usize) -> Vec<f64> {
         let dot = |i: usize, j: usize| {
@@ -429,6 +470,69 @@ mod tests {
             linear_in_tier(tier, &x, m, narrow, None, &mut b);
             assert_eq!(a, b);
         }
+    }
+
+    /// The formula of a product by pairs, one value after another.
+    fn by_pairs(x: &[f32], w: &[bf16]) -> f32 {
+        let x: Vec<f32> = x.iter().map(|x| bf16::from_f32(*x).to_f32()).collect();
+        let mut lanes = [0f32; LANES];
+        for (x, w) in x.chunks(2 * LANES).zip(w.chunks(2 * LANES)) {
+            for (i, lane) in lanes.iter_mut().enumerate() {
+                for k in [2 * i + 1, 2 * i] {
+                    if k < x.len() {
+                        *lane = x[k].mul_add(w[k].to_f32(), *lane);
+                    }
+                }
+            }
+        }
+        for half in [8, 4, 2, 1] {
+            for i in 0..half {
+                lanes[i] += lanes[i + half];
+            }
+        }
+        lanes[0]
+    }
+
+    #[test]
+    fn products_by_pairs_have_the_bits_of_their_formula_in_every_batch_and_tier() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        for (m, n, k) in [(7, 9, 100), (13, 41, 64), (3, 5, 1), (2 * LEAST_ROWS + 5, 37, 333)] {
+            let x = random(m * k, 13);
+            let w: Vec<bf16> = random(n * (k + 3), 14).into_iter().map(bf16::from_f32).collect();
+            let matrix = Matrix { data: &w, rows: n, cols: k, stride: k + 3 };
+            let bias = random(n, 15);
+            let row = |i: usize, j: usize| {
+                by_pairs(&x[i * k..(i + 1) * k], &w[j * (k + 3)..][..k]) + bias[j]
+            };
+            let formula: Vec<f32> = (0..m * n).map(|at| row(at / n, at % n)).collect();
+            for tier in tiers() {
+                for batch in [1, 2, 6, m] {
+                    for start in (0..m).step_by(batch) {
+                        let rows = batch.min(m - start);
+                        let mut part = vec![0.0; rows * n];
+                        let x = &x[start * k..(start + rows) * k];
+                        pool.install(|| {
+                            linear_bf16_in_tier(tier, x, rows, matrix, Some(&bias), &mut part);
+                        });
+                        assert_eq!(part, formula[start * n..][..rows * n], "{tier:?} {batch}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rounding_is_to_nearest_and_keeps_what_is_not_a_number() {
+        let mut values = random(1000, 16);
+        values.extend([0.0, -0.0, f32::MAX, f32::INFINITY, f32::NEG_INFINITY, 1.0 + 1.0 / 256.0]);
+        let mut rounded = vec![bf16::ZERO; values.len()];
+        product::round(&values, &mut rounded);
+        for (value, rounded) in values.iter().zip(rounded) {
+            assert_eq!(rounded.to_bits(), bf16::from_f32(*value).to_bits(), "{value}");
+        }
+        let mut odd = [bf16::ONE; 3];
+        product::round(&[f32::NAN, 1e-39, -1e-39], &mut odd);
+        assert!(odd[0].is_nan() && odd[1..].iter().all(|x| x.to_f32() == 0.0));
     }
 
     #[test]

@@ -65,6 +65,16 @@ pub trait Simd: Copy {
         }
         let _ = p;
     }
+    /// `c` with the products of 16 pairs of bf16s added, the odd one of each pair first, each
+    /// sum rounded once; `a` and `b` hold the bits of 32 values each.
+    unsafe fn dot_bf16(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// As [`dot_bf16`](Self::dot_bf16), by the CPU's instruction for it where the tier can
+    /// have one (AVX-512 BF16); values below the normal range count as zero.
+    #[inline(always)]
+    unsafe fn dot_bf16_native(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        // SAFETY: the caller's.
+        unsafe { Self::dot_bf16(a, b, c) }
+    }
     /// Sum of the lanes: i + (i+8), then + (i+4), + (i+2), + (i+1).
     unsafe fn sum(v: Self::V) -> f32;
 }
@@ -153,6 +163,12 @@ impl Simd for Scalar {
     #[inline(always)]
     unsafe fn pow2(n: Self::V) -> Self::V {
         n.map(|n| f32::from_bits(((n as i32 + 127) as u32) << 23))
+    }
+    #[inline(always)]
+    unsafe fn dot_bf16(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        let odd = |x: f32| f32::from_bits(x.to_bits() & 0xffff_0000);
+        let even = |x: f32| f32::from_bits(x.to_bits() << 16);
+        std::array::from_fn(|i| even(a[i]).mul_add(even(b[i]), odd(a[i]).mul_add(odd(b[i]), c[i])))
     }
     #[inline(always)]
     unsafe fn sum(v: Self::V) -> f32 {
@@ -315,6 +331,23 @@ mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn dot_bf16(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+            #[inline(always)]
+            unsafe fn half(a: __m256, b: __m256, c: __m256) -> __m256 {
+                // SAFETY: see above.
+                unsafe {
+                    let high = _mm256_castsi256_ps(_mm256_set1_epi32(0xffff_0000_u32 as i32));
+                    let odd = _mm256_fmadd_ps(_mm256_and_ps(a, high), _mm256_and_ps(b, high), c);
+                    let (a, b) = (_mm256_castps_si256(a), _mm256_castps_si256(b));
+                    let a = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(a));
+                    let b = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(b));
+                    _mm256_fmadd_ps(a, b, odd)
+                }
+            }
+            // SAFETY: see above.
+            unsafe { (half(a.0, b.0, c.0), half(a.1, b.1, c.1)) }
+        }
+        #[inline(always)]
         unsafe fn sum(v: Self::V) -> f32 {
             // SAFETY: see above.
             unsafe { sum8(_mm256_add_ps(v.0, v.1)) }
@@ -457,6 +490,23 @@ mod x86 {
                 let biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
                 _mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased))
             }
+        }
+        #[inline(always)]
+        unsafe fn dot_bf16(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+            // SAFETY: see above.
+            unsafe {
+                let high = _mm512_castsi512_ps(_mm512_set1_epi32(0xffff_0000_u32 as i32));
+                let odd = _mm512_fmadd_ps(_mm512_and_ps(a, high), _mm512_and_ps(b, high), c);
+                let (a, b) = (_mm512_castps_si512(a), _mm512_castps_si512(b));
+                let a = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(a));
+                let b = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(b));
+                _mm512_fmadd_ps(a, b, odd)
+            }
+        }
+        #[inline(always)]
+        unsafe fn dot_bf16_native(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+            // SAFETY: the caller has AVX-512 BF16; the vectors are the same bits.
+            unsafe { _mm512_dpbf16_ps(c, std::mem::transmute(a), std::mem::transmute(b)) }
         }
         #[inline(always)]
         unsafe fn sum(v: Self::V) -> f32 {

@@ -245,7 +245,7 @@ impl Panels {
                     let value = if at + LANES <= cols {
                         E::load::<S>(from.add(at))
                     } else {
-                        S::load(padded(from.add(at), cols - at).as_ptr())
+                        E::load::<S>(padded(from.add(at), cols - at).as_ptr())
                     };
                     S::store(to.add(v * LANES), value);
                 }
