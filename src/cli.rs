@@ -380,11 +380,12 @@ pub struct ModelArgs {
     /// The model's weights.
     #[command(flatten)]
     pub weights: WeightsArgs,
-    /// What quantized weights are multiplied with on a CPU: activations rounded to 8 bits, or f32
+    /// What weights are multiplied with on a CPU: activations rounded to suit them, or f32
     ///
-    /// int8 multiplies integers, as llama.cpp does, and is about twice as fast; f32 computes what
-    /// the weights would as f32. Weights that are not quantized, and GPUs, do not use it.
-    #[arg(long, env = "FARM_ACTIVATIONS", value_name = "TYPE", default_value = "int8")]
+    /// auto rounds activations to 8 bits beside quantized weights, as llama.cpp does, and to bf16
+    /// beside bf16 weights, as transformers does, which is up to twice as fast; f32 computes what
+    /// the same weights would as f32. Weights in f32 and f16, and GPUs, do not use it.
+    #[arg(long, env = "FARM_ACTIVATIONS", value_name = "TYPE", default_value = "auto")]
     pub activations: ActivationType,
     /// LoRA adapter: a PEFT directory or a GGUF file; may be given several times
     ///

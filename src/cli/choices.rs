@@ -83,8 +83,8 @@ impl From<Quantize> for QuantType {
 /// `--activations`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum ActivationType {
-    /// Rounded to 8 bits, a scale for each block of weights.
-    Int8,
+    /// Rounded to 8 bits beside quantized weights, to bf16 beside bf16.
+    Auto,
     /// As they are.
     F32,
 }

@@ -115,10 +115,10 @@ impl Job {
         self.model.weights.dtype_in_memory()
     }
 
-    /// What quantized weights are multiplied with.
+    /// What weights are multiplied with.
     pub fn activations(&self) -> Activations {
         match self.model.activations {
-            cli::ActivationType::Int8 => Activations::Int8,
+            cli::ActivationType::Auto => Activations::Rounded,
             cli::ActivationType::F32 => Activations::F32,
         }
     }

@@ -177,7 +177,7 @@ pub fn check(job: &Job) -> Result<Checked> {
         }),
     };
     if rounds_activations(job, &checkpoint) {
-        identity.sampling["activations"] = json!("int8");
+        identity.sampling["activations"] = json!("rounded");
     }
     let run_dir = run_dir_path(job, &identity);
     Ok(Checked { identity, run_dir, prompts, params, max_seq_len, model_name: manifest.name })
@@ -185,14 +185,14 @@ pub fn check(job: &Job) -> Result<Checked> {
 
 /// Whether a CPU would round activations: runs without a word of it took them as they are.
 fn rounds_activations(job: &Job, checkpoint: &Checkpoint) -> bool {
-    let quantized = match job.dtype() {
-        Some(dtype) => matches!(dtype, WeightDtype::Quant(_)),
-        None => {
-            let mut tensors = checkpoint.tensors().iter();
-            tensors.any(|(_, tensor)| matches!(tensor.dtype, StoredDtype::Quant(_)))
-        }
+    let is_rounding = match job.dtype() {
+        Some(dtype) => matches!(dtype, WeightDtype::Bf16 | WeightDtype::Quant(_)),
+        None => checkpoint
+            .tensors()
+            .iter()
+            .any(|(_, tensor)| matches!(tensor.dtype, StoredDtype::Bf16 | StoredDtype::Quant(_))),
     };
-    quantized && job.activations() == Activations::Int8
+    is_rounding && job.activations() == Activations::Rounded
 }
 
 /// Checks everything on rank 0, opens the run directory and takes a place in it.

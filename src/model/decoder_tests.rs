@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use super::*;
 use crate::comm::{HostTensorComm, LocalComm};
-use crate::model::Checkpoint;
 use crate::model::attention::OutputProjection;
 use crate::model::checkpoint::Format;
 use crate::model::names::Qkv;
 use crate::model::preflight::tests::goldens;
+use crate::model::{Activations, Checkpoint};
 
 /// Bytes that this rank owns of matrices that are cut by columns, and of all others.
 fn owned(decoder: &Decoder) -> [u64; 2] {
@@ -38,7 +38,8 @@ fn weights_as_they_are_stored_stay_mapped_but_for_cuts_in_columns() {
             let shares = LocalComm::run(size, |comm| {
                 let comm = Arc::new(HostTensorComm::new(comm));
                 let source = Checkpoint::open(&model).unwrap();
-                let loader = Loader { source: &source, comm, dtype: None, adapters: &[] };
+                let (dtype, activations) = (None, Activations::F32);
+                let loader = Loader { source: &source, comm, dtype, activations, adapters: &[] };
                 owned(&Decoder::load(&loader).unwrap())
             });
             let names = checkpoint.config().names;

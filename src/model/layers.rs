@@ -32,7 +32,7 @@ pub struct Loader<'a> {
     pub comm: Arc<dyn TensorComm>,
     /// What matrices become; `None` keeps the checkpoint's own.
     pub dtype: Option<WeightDtype>,
-    /// What quantized matrices are multiplied with.
+    /// What matrices are multiplied with.
     pub activations: Activations,
     /// The run's adapters, by number.
     pub adapters: &'a [Adapter],

@@ -28,7 +28,7 @@ use crate::{Error, Result};
 pub struct LoadOptions {
     /// Convert matrices to this type; `None` keeps the checkpoint's own.
     pub dtype: Option<WeightDtype>,
-    /// What quantized matrices are multiplied with.
+    /// What matrices are multiplied with.
     pub activations: Activations,
     /// Longest sequence, prompt and new tokens together.
     pub max_seq_len: usize,

@@ -116,12 +116,14 @@ pub(super) enum Values {
     },
 }
 
-/// What quantized weights are multiplied with on the CPU. Others take activations as they are.
+/// What weights are multiplied with on the CPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Activations {
-    /// Activations rounded to 8 bits, in products of integers: see [`quant::int8`].
+    /// Activations rounded to what multiplies fastest with the weights: 8 bits in products of
+    /// integers beside blocks ([`quant::int8`]), bf16 beside bf16 ([`gemm::linear_bf16`]).
+    /// Weights in f32 and f16 take them as they are.
     #[default]
-    Int8,
+    Rounded,
     /// Activations as they are, with weights widened to f32.
     F32,
 }
@@ -242,12 +244,15 @@ impl Weight {
     pub fn multiply(&self, x: &[f32], m: usize, bias: Option<&[f32]>, out: &mut [f32]) {
         match &self.values {
             Values::F32(s) => gemm::linear(x, m, self.matrix(s), bias, out),
-            Values::Bf16(s) => gemm::linear(x, m, self.matrix(s), bias, out),
+            Values::Bf16(s) => match self.activations {
+                Activations::Rounded => gemm::linear_bf16(x, m, self.matrix(s), bias, out),
+                Activations::F32 => gemm::linear(x, m, self.matrix(s), bias, out),
+            },
             Values::F16(s) => gemm::linear(x, m, self.matrix(s), bias, out),
             Values::Quant { quant, skip, stride, blocks } => {
                 let w = self.blocks(*quant, *skip, *stride, blocks);
                 match self.activations {
-                    Activations::Int8 => quant::int8::linear(x, m, w, bias, out),
+                    Activations::Rounded => quant::int8::linear(x, m, w, bias, out),
                     Activations::F32 => quant::linear(x, m, w, bias, out),
                 }
             }

@@ -8,7 +8,7 @@ use crate::comm::{HostTensorComm, LocalComm};
 use crate::kernels::tests::random;
 use crate::model::decoder::Decoder;
 use crate::model::layers::Loader;
-use crate::model::weights::Weight;
+use crate::model::weights::{Activations, Weight};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -47,7 +47,8 @@ fn loaded(model: &Path, quant: QuantType, size: usize) -> Vec<Vec<(WeightDtype, 
     LocalComm::run(size, |comm| {
         let comm = Arc::new(HostTensorComm::new(comm));
         let dtype = Some(WeightDtype::Quant(quant));
-        let loader = Loader { source: &checkpoint, comm, dtype, adapters: &[] };
+        let activations = Activations::F32;
+        let loader = Loader { source: &checkpoint, comm, dtype, activations, adapters: &[] };
         let decoder = Decoder::load(&loader).unwrap();
         let described = |weight: &Weight| {
             (weight.dtype(), weight.stored_bytes().to_vec(), weight.owned_bytes() == 0)
