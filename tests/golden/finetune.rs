@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use farm::comm::{HostTensorComm, LocalComm, Topology};
-use farm::model::Checkpoint;
 use farm::model::layers::Loader;
+use farm::model::{Activations, Checkpoint};
 use farm::train::adamw::AdamW;
 use farm::train::batch::MicroBatch;
 use farm::train::data::share;
