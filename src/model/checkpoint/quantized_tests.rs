@@ -69,7 +69,9 @@ fn the_file_holds_the_bytes_that_a_load_makes_at_any_tensor_parallel_size() {
                 for (expected, got) in expected.iter().flatten().zip(got.iter().flatten()) {
                     assert_eq!(expected.0, got.0, "{what}");
                     assert!(expected.1 == got.1, "{what} at {size}: bytes differ");
-                    assert!(got.2 || size > 1, "{what}: not mapped");
+                    // But for rows from several places, and columns.
+                    let is_cut = size > 1 || model.ends_with("falcon_40b");
+                    assert!(got.2 || is_cut, "{what}: not mapped");
                 }
                 assert_eq!(expected.concat().len(), got.concat().len());
             }
@@ -114,7 +116,7 @@ fn blocks_that_do_not_fit_their_tensor_are_an_error() {
     for (from, to, why) in [
         ("\\\"q8_0\\\"", "\\\"q9_9\\\"", "unknown type \"q9_9\""),
         ("\\\"q8_0\\\"", "\\\"q6_k\\\"", "is no q6_k"),
-        ("{\\\"", &format!("{{{norm}\\\""), "tensor model.norm.weight of F32"),
+        ("{\\\"", &format!("{{{norm}\\\""), "tensor model.norm.weight of BF16"),
         ("\"{\\\"", "\"[\\\"", "ggml_types"),
     ] {
         assert!(text.contains(from), "{from}");
