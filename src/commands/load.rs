@@ -178,7 +178,8 @@ pub fn whole(model: &Path) -> Result<Checkpoint> {
     }
     if let unused @ [_, ..] = preflight.unused() {
         let some = unused.iter().take(3).map(String::as_str).collect::<Vec<_>>().join(", ");
-        tracing::info!("{} tensors of the model are not used: {some} …", unused.len());
+        let more = if unused.len() > 3 { ", …" } else { "" };
+        tracing::info!("{} tensors of the model are not used: {some}{more}", unused.len());
     }
     Ok(checkpoint)
 }
