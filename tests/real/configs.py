@@ -1,5 +1,5 @@
-"""Published configurations, as their repositories have them, without what no loader reads; and the parameters that their
-authors (or the sizes of their files) name."""
+"""Configurations of published models, without what no loader reads; and their parameters, which are those that transformers'
+model of the same configuration has."""
 
 LLAMA3_1 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}
 LONG = {"long_factor": [1.0 + i for i in range(48)], "short_factor": [1.0] * 48, "type": "longrope"}
@@ -70,7 +70,7 @@ def mixtral(*shape, **rest):
                                         "num_experts_per_tok": 2, "output_router_logits": False, "tie_word_embeddings": False, **rest})
 
 
-# Name: configuration, parameters (with Gemma 3 those of the text model).
+# Name: configuration, parameters (of Gemma 3 the text model's; a tied output projection counts once).
 MODELS = {
     "Mistral-7B-v0.1": (mistral(4096, 14336, 32, 32, 8, 32000, rope_theta=10000.0, sliding_window=4096), 7_241_732_096),
     "Mistral-7B-v0.2": (mistral(4096, 14336, 32, 32, 8, 32000), 7_241_732_096),
@@ -92,7 +92,7 @@ MODELS = {
     "falcon-180B": (falcon(14848, 80, 232, num_kv_heads=8, new_decoder_architecture=True), 178_557_088_768),
     "falcon-rw-1b (RefinedWebModel)": (refined_web("RefinedWebModel", 2048, 24, 32, 50304, alibi=True, bias=True, multi_query=False, parallel_attn=False), 1_311_625_216),
     "falcon-rw-1b": (falcon(2048, 24, 32, 50304, alibi=True, bias=True, multi_query=False, parallel_attn=False), 1_311_625_216),
-    "falcon-11B": (falcon(4096, 60, 32, num_kv_heads=8, new_decoder_architecture=True, num_ln_in_parallel_attn=1, tie_word_embeddings=False, ff_factor=4, ffn_hidden_size=16384, rope_theta=500042, max_position_embeddings=8192), 11_103_109_120),
+    "falcon-11B": (falcon(4096, 60, 32, num_kv_heads=8, new_decoder_architecture=True, num_ln_in_parallel_attn=1, tie_word_embeddings=False, ff_factor=4, ffn_hidden_size=16384, rope_theta=500042, max_position_embeddings=8192), 11_102_822_400),
     "Qwen2-7B": (qwen2(3584, 18944, 28, 28, 4, 152064, max_position_embeddings=131072), 7_615_616_512),
     "Qwen2.5-0.5B": (qwen2(896, 4864, 24, 14, 2, 151936, tie_word_embeddings=True), 494_032_768),
     "Qwen2.5-1.5B": (qwen2(1536, 8960, 28, 12, 2, 151936, tie_word_embeddings=True), 1_543_714_304),

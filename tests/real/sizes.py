@@ -5,7 +5,7 @@
 
 FARM is the binary; FOLDER takes one sparse checkpoint at a time (some MB on disk, hundreds of GB of holes) and needs a
 file system that has them. FOLDER/tokenizer.model is the tokenizer of Meta's forms. Prints a row each: whether the parameters
-are those that are published (to a thousandth: farm counts matrices only), bytes, shards, tensor-parallel sizes, and what reading took. Needs torch and transformers.
+are right (to a thousandth: farm counts matrices only), bytes, shards, tensor-parallel sizes, and what reading took. Needs torch and transformers.
 """
 
 import collections
@@ -197,7 +197,7 @@ def row(farm, name, folder, parameters):
     # farm counts matrices; norms and biases are less than a thousandth.
     right = 0 <= 1 - found["parameters"] / parameters < 1e-3
     sizes = [row.get("tensor_parallel") for row in found["memory"]]
-    print(f"{name}: {found['parameters']:,} parameters ({'as published' if right else f'PUBLISHED {parameters:,}'}), {bytes_all / 1e9:.1f} GB, {len(files)} files, "
+    print(f"{name}: {found['parameters']:,} parameters ({'right' if right else f'SHOULD BE {parameters:,}'}), {bytes_all / 1e9:.1f} GB, {len(files)} files, "
           f"context {found['context_length']:,}, TP {sizes}, inspect {seconds:.2f} s, --tensors {seconds_all:.2f} s, {len(listed.splitlines())} lines", flush=True)
 
 
