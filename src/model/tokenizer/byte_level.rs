@@ -132,6 +132,7 @@ impl PreTokenizer {
             "falcon" => Self::of(&[r"[\p{P}$+<=>^~|`]+", GPT2, "[0-9][0-9][0-9]"]),
             "tekken" => Self::of(&[TEKKEN]).whole_words().add_bos(),
             "gpt-4o" | "llama4" | "kanana2" | "minimax-m2" => Self::of(&[GPT4O]),
+            "deepseek-llm" => Self::of(&DEEPSEEK_LLM),
             "deepseek-coder" => Self::of(&DEEPSEEK_CODER),
             "deepseek-v3" | "hunyuan-dense" | "joyai-llm" => Self::of(&DEEPSEEK3),
             "bailingmoe" | "bailingmoe2" | "llada-moe" => Self::of(&[BAILING]),
@@ -159,9 +160,17 @@ const DEEPSEEK3: [&str; 3] = [
     "[一-龥\u{3040}-ゟ゠-ヿ]+",
     r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##,
 ];
+const DEEPSEEK_LLM: [&str; 6] = [
+    r"[\r\n]",
+    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+",
+    r"\s?[!-/:-~！-／：-～‘-‟\u{3001}-。]+",
+    r"\s+$",
+    CJK,
+    r"\p{N}+",
+];
+const DEEPSEEK_CODER: [&str; 5] = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, r"\p{N}"];
 // To llama.cpp white space beyond ASCII is a vertical tab, so no class by code points has it.
-const DEEPSEEK_CODER: [&str; 5] =
-    [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[[一-龥\u{800}-一가-\u{d7ff}]&&\S]+", r"\p{N}"];
+const CJK: &str = r"[[一-龥\u{800}-一가-\u{d7ff}]&&\S]+";
 
 #[cfg(test)]
 mod tests {

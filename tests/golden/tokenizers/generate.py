@@ -53,7 +53,7 @@ QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 PRE_TYPES = [
     "default", "llama-bpe", "dbrx", "glm4", "qwen2", "qwen35", "gpt-2", "starcoder", "falcon", "tekken",
-    "gpt-4o", "deepseek-coder", "deepseek-v3", "bailingmoe", "seed-coder",
+    "gpt-4o", "deepseek-llm", "deepseek-coder", "deepseek-v3", "bailingmoe", "seed-coder",
 ]
 
 # --------------------------------------------------------------------------------------------------
