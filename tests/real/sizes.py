@@ -5,7 +5,8 @@
 
 FARM is the binary; FOLDER takes one sparse checkpoint at a time (some MB on disk, hundreds of GB of holes) and needs a
 file system that has them. FOLDER/tokenizer.model is the tokenizer of Meta's forms. Prints a row each: whether the parameters
-are right (to a thousandth: farm counts matrices only), bytes, shards, tensor-parallel sizes, and what reading took. Needs torch and transformers.
+are right (to a thousandth: farm counts matrices only), bytes, shards, tensor-parallel sizes, and what reading took. Needs
+torch and transformers.
 """
 
 import collections
