@@ -172,7 +172,7 @@ impl Bench {
             command: "generate".into(),
             prompts: Value::Null,
             model: "tiny".into(),
-            adapter: None,
+            adapter: serde_json::Value::Null,
             sampling: Value::Null,
         };
         let run_key = identity.short_key();

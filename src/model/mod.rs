@@ -17,6 +17,7 @@ pub mod ops;
 pub mod rope;
 pub mod runner;
 pub mod sampling;
+pub mod small_file;
 pub mod step;
 pub mod tokenizer;
 pub mod weights;

@@ -14,7 +14,7 @@ const HEADER_BYTES: u64 = 8;
 type Damage = fn(&Path);
 
 /// Ways to spoil a model, and what the message must name.
-const DAMAGES: [(&str, Damage, &str); 8] = [
+const DAMAGES: [(&str, Damage, &str); 13] = [
     ("no model", |model| fs::remove_dir_all(model).unwrap(), "model"),
     ("no config", |model| fs::remove_file(model.join("config.json")).unwrap(), "config.json"),
     (
@@ -31,7 +31,57 @@ const DAMAGES: [(&str, Damage, &str); 8] = [
     ("huge header", |model| overwrite(&shard(model, 2), 0, &[0xff; 8]), "00002-of"),
     ("truncated shard", |model| truncate(&shard(model, 3)), "00003-of"),
     ("missing shard", |model| fs::remove_file(shard(model, 4)).unwrap(), "00004-of"),
+    (
+        "endless config",
+        |model| link(Path::new("/dev/zero"), &model.join("config.json")),
+        "config.json",
+    ),
+    (
+        "looping config",
+        |model| link(Path::new("config.json"), &model.join("config.json")),
+        "config.json",
+    ),
+    (
+        "absurd size",
+        |model| {
+            replace(&model.join("config.json"), "\"hidden_size\": ", "\"hidden_size\": 99999999999")
+        },
+        "hidden_size",
+    ),
+    (
+        "shard elsewhere",
+        |model| replace(&index(model), "model-00001", "../../../../etc/passwd-"),
+        "leaves the directory",
+    ),
+    (
+        "index of itself",
+        |model| {
+            replace(
+                &index(model),
+                "model-00001-of-00004.safetensors",
+                "model.safetensors.index.json",
+            )
+        },
+        "model.safetensors.index.json",
+    ),
 ];
+
+fn index(model: &Path) -> PathBuf {
+    model.join("model.safetensors.index.json")
+}
+
+/// Puts a link to `to` in the place of `file`.
+fn link(to: &Path, file: &Path) {
+    fs::remove_file(file).expect("a file");
+    std::os::unix::fs::symlink(to, file).expect("a link");
+}
+
+/// Writes `new` wherever the file has `old`.
+fn replace(file: &Path, old: &str, new: &str) {
+    let text = fs::read_to_string(file).expect("a file");
+    assert!(text.contains(old), "{text}");
+    fs::write(file, text.replace(old, new)).expect("a write");
+}
 
 fn shard(model: &Path, number: usize) -> PathBuf {
     model.join(format!("model-0000{number}-of-00004.safetensors"))

@@ -13,6 +13,7 @@ use super::{
 };
 use crate::model::config::ModelConfig;
 use crate::model::names::META;
+use crate::model::small_file;
 use crate::{Error, Result};
 
 /// The headers of a model's files.
@@ -63,7 +64,7 @@ impl Contents {
     fn of_meta(files: ModelFiles, mapped: Vec<MappedFile>) -> Result<Self> {
         let path = files.dir.join("params.json");
         let bad = |e: &dyn std::fmt::Display| Error::input(format!("{}: {e}", path.display()));
-        let text = std::fs::read(&path).map_err(|e| bad(&e))?;
+        let text = small_file::read(&path).map_err(|e| bad(&e))?;
         let params = serde_json::from_slice(&text).map_err(|e| bad(&e))?;
         let tables = mapped.iter().map(|file| file.read(torch::read)).collect::<Result<_>>()?;
         let merged = meta::merge(tables, &params).map_err(|e| e.context(files.dir.display()))?;
