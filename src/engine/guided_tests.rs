@@ -196,3 +196,21 @@ fn cut_texts_say_so() {
     let FinishReason::Error(message) = &outputs[&3].finish_reason else { panic!() };
     assert!(message.contains("unclosed"), "{message}");
 }
+
+/// Where room is short, what the text ends with is still the model's choice.
+#[test]
+fn the_model_chooses_among_the_ends_that_fit() {
+    let mut engine = engine(60, 4, 64);
+    for key in 0..60 {
+        engine.add(guided(key, Guide::Regex("[0-9]*(x|y|z)".into()), 1 + key as usize % 3));
+    }
+    let outputs = run_to_end(&mut engine);
+    let ends: std::collections::BTreeSet<_> = outputs
+        .values()
+        .map(|output| {
+            assert_eq!(output.finish_reason, FinishReason::Stop);
+            output.text.chars().last()
+        })
+        .collect();
+    assert_eq!(ends.len(), 3, "{ends:?}");
+}

@@ -19,6 +19,7 @@ pub mod quantization;
 pub mod rope;
 pub mod runner;
 pub mod sampling;
+pub mod small_file;
 pub mod step;
 pub mod tokenizer;
 pub mod weights;

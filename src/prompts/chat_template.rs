@@ -18,6 +18,7 @@ use super::jinja_values::{to_template, tojson};
 use super::strftime::strftime;
 use super::{ErrorCode, Problem};
 use crate::model::checkpoint::gguf::Metadata;
+use crate::model::small_file;
 use crate::model::tokenizer::{gguf_special_tokens, is_missing, read_json, special_tokens};
 use crate::{Error, Result};
 
@@ -120,6 +121,12 @@ impl ChatTemplate {
     }
 }
 
+/// The longest template; those of models have some tens of KiB.
+const MAX_SOURCE_BYTES: usize = 1 << 20;
+/// Instructions of the template engine that a rendering may take: some seconds' worth, where
+/// a long conversation takes milliseconds.
+const FUEL: u64 = 20_000_000;
+
 /// The reason that the template gives (`raise_exception`), else the engine's.
 fn describe(error: &JinjaError) -> String {
     match (error.kind(), error.detail()) {
@@ -129,7 +136,12 @@ fn describe(error: &JinjaError) -> String {
 }
 
 fn environment(source: &str, now_unix_seconds: u64) -> Result<Environment<'static>, JinjaError> {
+    if source.len() > MAX_SOURCE_BYTES {
+        let message = format!("it has {} bytes, more than {MAX_SOURCE_BYTES}", source.len());
+        return Err(JinjaError::new(ErrorKind::InvalidOperation, message));
+    }
     let mut env = Environment::new();
+    env.set_fuel(Some(FUEL));
     env.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     env.add_filter("tojson", tojson);
@@ -177,10 +189,11 @@ fn without_generation_tags(source: &str) -> String {
 
 fn template_source(dir: &Path) -> Result<Option<String>> {
     let path = dir.join("chat_template.jinja");
-    match std::fs::read_to_string(&path) {
-        Ok(source) => return Ok(Some(source)),
+    let bad = |error: &dyn std::fmt::Display| Error::input(format!("{}: {error}", path.display()));
+    match small_file::read(&path) {
+        Ok(source) => return String::from_utf8(source).map(Some).map_err(|e| bad(&e)),
         Err(error) if is_missing(&error) => {}
-        Err(error) => return Err(Error::input(format!("{}: {error}", path.display()))),
+        Err(error) => return Err(bad(&error)),
     }
     for file in ["chat_template.json", "tokenizer_config.json"] {
         let path = dir.join(file);
@@ -301,6 +314,27 @@ mod tests {
         assert!(message.ends_with("refuses the messages: roles must alternate"), "{message}");
         assert!(render("{% if %}", json!([])).unwrap_err().contains("does not compile"));
         assert!(render("{{ a.b.c }}", json!([])).unwrap_err().contains("undefined"));
+    }
+
+    /// A template is bounded in length, time and depth.
+    #[test]
+    fn a_hostile_template_fails_its_records() {
+        let range = "range(90000)";
+        for (source, word) in [
+            (
+                format!(
+                    "{{% for i in {range} %}}{{% for j in {range} %}}{{% endfor %}}{{% endfor %}}"
+                ),
+                "fuel",
+            ),
+            ("{{ 'x' * 10000000000 }}".into(), "too large"),
+            ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}".into(), "recursion"),
+            (format!("{{{{ {}1{} }}}}", "(".repeat(5000), ")".repeat(5000)), "compile"),
+            ("x".repeat(MAX_SOURCE_BYTES + 1), "1048577 bytes"),
+        ] {
+            let message = render(&source, json!([])).unwrap_err();
+            assert!(message.contains(word), "{word}: {message}");
+        }
     }
 
     #[test]

@@ -14,7 +14,7 @@ const HEADER_BYTES: u64 = 8;
 type Damage = fn(&Path);
 
 /// Ways to spoil a model, and what the message must name.
-const DAMAGES: [(&str, Damage, &str); 11] = [
+const DAMAGES: [(&str, Damage, &str); 16] = [
     ("no model", |model| fs::remove_dir_all(model).unwrap(), "model"),
     ("no config", |model| fs::remove_file(model.join("config.json")).unwrap(), "config.json"),
     (
@@ -59,7 +59,70 @@ const DAMAGES: [(&str, Damage, &str); 11] = [
         },
         "is it another model's tokenizer",
     ),
+    (
+        "endless config",
+        |model| link(Path::new("/dev/zero"), &model.join("config.json")),
+        "config.json",
+    ),
+    (
+        "looping config",
+        |model| link(Path::new("config.json"), &model.join("config.json")),
+        "config.json",
+    ),
+    (
+        "absurd size",
+        |model| {
+            replace(&model.join("config.json"), "\"hidden_size\": ", "\"hidden_size\": 99999999999")
+        },
+        "hidden_size",
+    ),
+    (
+        "shard elsewhere",
+        |model| replace(&index(model), "model-00001", "../../../../etc/passwd-"),
+        "leaves the directory",
+    ),
+    (
+        "index of itself",
+        |model| {
+            replace(
+                &index(model),
+                "model-00001-of-00004.safetensors",
+                "model.safetensors.index.json",
+            )
+        },
+        "model.safetensors.index.json",
+    ),
 ];
+
+fn index(model: &Path) -> PathBuf {
+    model.join("model.safetensors.index.json")
+}
+
+/// Puts a link to `to` in the place of `file`.
+fn link(to: &Path, file: &Path) {
+    fs::remove_file(file).expect("a file");
+    std::os::unix::fs::symlink(to, file).expect("a link");
+}
+
+/// Writes `new` wherever the file has `old`.
+fn replace(file: &Path, old: &str, new: &str) {
+    let bytes = fs::read(file).expect("a file");
+    let mut replaced = Vec::with_capacity(bytes.len());
+    let mut rest = &bytes[..];
+    while let Some(first) = rest.first() {
+        match rest.strip_prefix(old.as_bytes()) {
+            Some(after) => {
+                replaced.extend(new.as_bytes());
+                rest = after;
+            }
+            None => {
+                replaced.push(*first);
+                rest = &rest[1..];
+            }
+        }
+    }
+    fs::write(file, replaced).expect("a write");
+}
 
 fn shard(model: &Path, number: usize) -> PathBuf {
     model.join(format!("model-0000{number}-of-00004.safetensors"))
@@ -69,16 +132,6 @@ fn overwrite(file: &Path, offset: u64, bytes: &[u8]) {
     use std::os::unix::fs::FileExt;
     let file = fs::OpenOptions::new().write(true).open(file).expect("a shard");
     file.write_all_at(bytes, offset).expect("a write");
-}
-
-/// Puts `to` for each `from` of the same length.
-fn replace(file: &Path, from: &str, to: &str) {
-    let mut bytes = fs::read(file).expect("a file");
-    let starts: Vec<usize> = (0..bytes.len() - from.len())
-        .filter(|at| bytes[*at..].starts_with(from.as_bytes()))
-        .collect();
-    starts.iter().for_each(|at| bytes[*at..*at + to.len()].copy_from_slice(to.as_bytes()));
-    fs::write(file, bytes).expect("a write");
 }
 
 fn truncate(file: &Path) {

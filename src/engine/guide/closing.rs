@@ -19,9 +19,9 @@ use llguidance::toktrie::{Recognizer, TokTrie, TrieNode};
 use super::position::{Position, Structure};
 
 /// What a search may cost, in bytes pushed.
-const MAX_WORK: usize = 60_000;
-/// The same for a search by tokens, of which a text needs one at most.
-const MAX_WORK_BY_TOKENS: usize = 2_000_000;
+const MAX_WORK: usize = 150_000;
+/// The same for a search by tokens, of which a grammar needs one at most.
+const MAX_WORK_BY_TOKENS: usize = 500_000;
 
 /// What one step of a search is, and costs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,14 +29,14 @@ pub(super) enum Step {
     /// Each byte costs 1: this finds an end of the fewest bytes.
     Byte,
     /// Where JSON leaves much open there are too many states for that; then what is
-    /// nested counts as farther away.
+    /// nested counts as far away.
     ShallowByte,
     /// Each token costs 1.
     Token,
 }
 
 /// By [`Step::ShallowByte`], the cost of a level.
-const COST_OF_LEVEL: usize = 16;
+const COST_OF_LEVEL: usize = 256;
 
 /// The tokens of a short accepted end of the text that `parser` has seen; none at all
 /// where the text may end there. `position` is where a JSON text stands.
@@ -140,6 +140,8 @@ struct Node {
 struct Search<'a> {
     trie: &'a TokTrie,
     kind: Step,
+    /// Whether a byte is a token of its own: what else the vocabulary has is not looked at.
+    is_token: [bool; 256],
     /// The first is the empty text.
     nodes: Vec<Node>,
     seen: HashSet<(StateID, Structure)>,
@@ -154,7 +156,19 @@ impl<'a> Search<'a> {
     fn new(trie: &'a TokTrie, position: Option<Position>, kind: Step) -> Self {
         let root = Node { before: 0, step: 0, num_steps: 0, position, may_end: false };
         let queue = BinaryHeap::from([Reverse((0, 0))]);
-        Self { trie, kind, nodes: vec![root], seen: HashSet::new(), queue, at: 0, work: 0 }
+        let mut is_token = [false; 256];
+        let bytes = trie.node_children(trie.root());
+        bytes.for_each(|byte| is_token[usize::from(byte.byte())] = byte.token_id().is_some());
+        Self {
+            trie,
+            kind,
+            is_token,
+            nodes: vec![root],
+            seen: HashSet::new(),
+            queue,
+            at: 0,
+            work: 0,
+        }
     }
 
     /// The steps to the nearest end.
@@ -183,7 +197,9 @@ impl<'a> Search<'a> {
                 self.queue.push(Reverse((cost, node)));
                 end = Some(node);
             } else {
-                self.go_to(recognizer, node);
+                if !self.go_to(recognizer, node) {
+                    break;
+                }
                 // What nothing can follow is an end.
                 end = (!self.expand(recognizer)).then_some(node);
             }
@@ -192,8 +208,9 @@ impl<'a> Search<'a> {
         end
     }
 
-    /// Brings the recognizer from the text of one node to that of another.
-    fn go_to(&mut self, recognizer: &mut ParserRecognizer, node: usize) {
+    /// Brings the recognizer from the text of one node to that of another. False where it
+    /// has come to a limit on its size.
+    fn go_to(&mut self, recognizer: &mut ParserRecognizer, node: usize) -> bool {
         let (mut from, mut to) = (self.at, node);
         let mut steps = Vec::new();
         while from != to {
@@ -208,11 +225,14 @@ impl<'a> Search<'a> {
         }
         for step in steps.iter().rev() {
             for &byte in self.word(step) {
-                assert!(recognizer.try_push_byte(byte), "a text that was allowed still is");
+                if !recognizer.try_push_byte(byte) {
+                    return false;
+                }
                 self.work += 1;
             }
         }
         self.at = node;
+        true
     }
 
     /// Adds what may follow the text that the recognizer is at. False if nothing may.
@@ -236,9 +256,7 @@ impl<'a> Search<'a> {
             let state = recognizer.lexer_state();
             let position = &self.nodes[self.at].position;
             let is_plain = position.as_ref().is_none_or(|position| position.is_plain(byte));
-            // Otherwise the vocabulary lacks it.
-            let is_token = self.trie.token_id_at_bytes(&[byte]).is_some();
-            if is_token && !(is_plain && states.contains(&state)) {
+            if self.is_token[usize::from(byte)] && !(is_plain && states.contains(&state)) {
                 self.add(recognizer, byte.into());
                 if is_plain {
                     states.push(state);

@@ -149,14 +149,19 @@ impl Grammar {
         })?;
         let trie = factory.tok_env().tok_trie();
         let position = is_json.then(Position::default);
-        // In the parser itself, so that every clone inherits what the lexer has learnt.
-        let mut by = |step| closing(&mut start.parser, trie, position.as_ref(), step);
-        let (step, shortest) = guarded(|| {
-            Ok::<_, Infallible>(match by(Step::Byte) {
-                Some(shortest) => (Step::Byte, Some(shortest)),
-                None => (Step::ShallowByte, by(Step::ShallowByte)),
-            })
+        let by = |step| {
+            let mut searched = start.deep_clone();
+            let found = closing(&mut searched.parser, trie, position.as_ref(), step);
+            (step, found, searched)
+        };
+        let (step, shortest, searched) = guarded(|| {
+            let nearest = by(Step::Byte);
+            Ok::<_, Infallible>(if nearest.1.is_some() { nearest } else { by(Step::ShallowByte) })
         })?;
+        // Every clone then inherits what the lexer has learnt, if it was not too much for it.
+        if searched.parser.get_error().is_none() {
+            start = searched;
+        }
         let has_digit = |id: &u32| trie.token(*id).iter().any(u8::is_ascii_digit);
         let numeric = (0..trie.vocab_size() as u32).filter(|id| is_json && has_digit(id));
         let eos = trie.eos_tokens().iter().copied().filter(|&id| id != INVALID_TOKEN);

@@ -223,7 +223,11 @@ impl Matcher {
                 return Some(known);
             }
         }
-        self.search(next, self.facts.step).filter(|way_out| way_out.len() <= max_tokens)
+        let mut found = self.search(next, self.facts.step);
+        if found.is_none() && self.facts.step == Step::Byte {
+            found = self.search(next, Step::ShallowByte);
+        }
+        found.filter(|way_out| way_out.len() <= max_tokens)
     }
 
     fn search(&self, next: &[u8], step: Step) -> Option<Vec<u32>> {

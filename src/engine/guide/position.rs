@@ -17,7 +17,8 @@ pub(super) struct Position {
 struct Level {
     opened_by: u8,
     commas: u32,
-    keys: u64,
+    /// The newest key of an object.
+    key: u64,
 }
 
 /// What tells positions apart that may have different ways out. The content of a string
@@ -69,13 +70,13 @@ impl Position {
         }
         match byte {
             b'"' => self.text = 0,
-            b'{' | b'[' => self.levels.push(Level { opened_by: byte, commas: 0, keys: 0 }),
+            b'{' | b'[' => self.levels.push(Level { opened_by: byte, commas: 0, key: 0 }),
             b'}' | b']' => drop(self.levels.pop()),
             _ => {
                 let text = self.text;
                 match (byte, self.levels.last_mut()) {
                     (b',', Some(level)) => level.commas += 1,
-                    (b':', Some(level)) => level.keys = mixed(level.keys, text),
+                    (b':', Some(level)) => level.key = text,
                     _ => {}
                 }
             }

@@ -238,7 +238,10 @@ fn check_vocabulary(table: &TensorTable, name: &str, axis: usize, shape: Shape) 
     let tokens = table.shape(name).and_then(|shape| shape.get(axis).copied());
     match tokens {
         Some(tokens) if tokens != shape.rows => Err(Error::input(format!(
-            "tensor {name} is for a vocabulary of {tokens} tokens, the model has {}: the adapter              was trained after resize_token_embeddings, or for another model. farm runs adapters              of the model's own vocabulary; merge this one into its resized model (PEFT's              merge_and_unload) and run the result",
+            "tensor {name} is for a vocabulary of {tokens} tokens, the model has {}: the adapter \
+             was trained after resize_token_embeddings, or for another model. farm runs adapters \
+             of the model's own vocabulary; merge this one into its resized model (PEFT's \
+             merge_and_unload) and run the result",
             shape.rows
         ))),
         _ => Ok(()),

@@ -14,6 +14,7 @@ use super::Contents;
 use super::modules::{Parts, fit, modules};
 use crate::model::checkpoint::{Format, TensorTable, language_model_name};
 use crate::model::config::ModelConfig;
+use crate::model::small_file;
 use crate::{Error, Result};
 
 const CONFIG: &str = "adapter_config.json";
@@ -163,7 +164,7 @@ impl Settings {
 }
 
 fn read_settings(path: &Path) -> Result<Settings> {
-    let text = std::fs::read(path).map_err(Error::input)?;
+    let text = small_file::read(path).map_err(Error::input)?;
     let value = serde_json::from_slice(&text)
         .map_err(|error| Error::input(format!("not valid JSON: {error}")))?;
     let Value::Object(fields) = value else { return Err(Error::input("not a JSON object")) };

@@ -13,6 +13,7 @@ use super::{
 };
 use crate::model::config::ModelConfig;
 use crate::model::names::META;
+use crate::model::small_file;
 use crate::{Error, Result};
 
 /// The headers of a model's files.
@@ -133,7 +134,7 @@ fn meta_params(files: &ModelFiles) -> PathBuf {
 fn read_params(files: &ModelFiles) -> Result<Value> {
     let path = meta_params(files);
     let bad = |e: &dyn std::fmt::Display| Error::input(format!("{}: {e}", path.display()));
-    let text = std::fs::read(&path).map_err(|e| bad(&e))?;
+    let text = small_file::read(&path).map_err(|e| bad(&e))?;
     serde_json::from_slice(&text).map_err(|e| bad(&e))
 }
 

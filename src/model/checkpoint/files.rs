@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::table::MappedFile;
 use super::{gguf, meta};
+use crate::model::small_file;
 use crate::{Error, Result};
 
 /// A form of checkpoint.
@@ -135,13 +136,13 @@ pub(super) fn indexed(dir: &Path, name: &str) -> Result<Option<Vec<PathBuf>>> {
         let single = dir.join(name);
         return Ok(single.is_file().then(|| vec![single]));
     }
-    let text = std::fs::read_to_string(&index)
-        .map_err(|e| Error::input(format!("{}: {e}", index.display())))?;
+    let text =
+        small_file::read(&index).map_err(|e| Error::input(format!("{}: {e}", index.display())))?;
     shards(dir, &text).map(Some).map_err(|error| error.context(index.display()))
 }
 
-fn shards(dir: &Path, index: &str) -> Result<Vec<PathBuf>> {
-    let index: Value = serde_json::from_str(index).map_err(Error::input)?;
+fn shards(dir: &Path, index: &[u8]) -> Result<Vec<PathBuf>> {
+    let index: Value = serde_json::from_slice(index).map_err(Error::input)?;
     let map = index.get("weight_map").and_then(Value::as_object);
     let map = map.ok_or_else(|| Error::input("it has no \"weight_map\""))?;
     let names = map.values().map(|name| {

@@ -18,6 +18,7 @@ use raw::RawConfig;
 use serde_json::Value;
 
 use super::config::ModelConfig;
+use super::small_file;
 use crate::{Error, Result};
 
 type Build = fn(&RawConfig) -> Result<ModelConfig>;
@@ -80,9 +81,9 @@ impl ModelConfig {
     /// that is not supported, sizes that do not fit together.
     pub fn from_dir(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
-        let text = std::fs::read_to_string(&path)
+        let text = small_file::read(&path)
             .map_err(|e| Error::input(format!("{}: {e}", path.display())))?;
-        let value = serde_json::from_str(&text)
+        let value = serde_json::from_slice(&text)
             .map_err(|e| Error::input(format!("{}: not valid JSON: {e}", path.display())))?;
         Self::from_json(value).map_err(|e| e.context(path.display()))
     }

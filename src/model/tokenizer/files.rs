@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use crate::model::small_file;
 use crate::{Error, Result};
 
 /// The named special tokens of a model directory: every `…_token` of
@@ -26,7 +27,7 @@ pub fn special_tokens(dir: &Path) -> Result<BTreeMap<String, String>> {
 
 /// A JSON file, `None` if it is not there. Errors (input) name the file.
 pub fn read_json(path: &Path) -> Result<Option<Value>> {
-    let bytes = match std::fs::read(path) {
+    let bytes = match small_file::read(path) {
         Ok(bytes) => bytes,
         Err(error) if is_missing(&error) => return Ok(None),
         Err(error) => return Err(Error::input(format!("{}: {error}", path.display()))),

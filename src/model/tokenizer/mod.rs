@@ -32,6 +32,7 @@ pub use self::files::{is_missing, read_json, special_tokens};
 use self::json::JsonTokenizer;
 use self::pieces::PieceTokenizer;
 use crate::model::checkpoint::gguf::Metadata;
+use crate::model::small_file;
 use crate::{Error, Result};
 
 /// Ids that may be free between a SentencePiece model's pieces and a token added to it.
@@ -115,7 +116,7 @@ impl Tokenizer {
         gguf: Option<(Option<u32>, Vec<u32>)>,
     ) -> Result<Self> {
         let dir = directory(path);
-        let bytes = std::fs::read(path).map_err(Error::input)?;
+        let bytes = small_file::read(path).map_err(Error::input)?;
         let mut tokenizer = if path.extension().is_some_and(|extension| extension == "json") {
             Self::from_json(&bytes)?
         } else if tiktoken::recognise(&bytes) {
