@@ -101,6 +101,7 @@ pub(super) enum Values {
     F16(Store<f16>),
     Quant {
         quant: QuantType,
+        activations: Activations,
         /// Values of a row's first block that are not its own.
         skip: usize,
         /// Bytes of a row.
@@ -139,17 +140,16 @@ pub struct Weight {
     rows: usize,
     cols: usize,
     values: Values,
-    activations: Activations,
 }
 
 impl Weight {
     pub(super) fn new(rows: usize, cols: usize, values: Values) -> Self {
-        let weight = Self { rows, cols, values, activations: Activations::F32 };
+        let weight = Self { rows, cols, values };
         let holds = match &weight.values {
             Values::F32(s) => s.as_slice().len() == rows * cols,
             Values::Bf16(s) => s.as_slice().len() == rows * cols,
             Values::F16(s) => s.as_slice().len() == rows * cols,
-            Values::Quant { quant, skip, stride, blocks } => {
+            Values::Quant { quant, skip, stride, blocks, .. } => {
                 blocks.as_slice().len() == rows * stride
                     && stride / quant.block_bytes() * quant.block_len() >= skip + cols
             }
@@ -163,9 +163,12 @@ impl Weight {
         Self::new(rows, cols, Values::F32(Store::Owned(values)))
     }
 
-    /// The same, multiplied with `activations` of this kind.
-    pub fn with_activations(self, activations: Activations) -> Self {
-        Self { activations, ..self }
+    /// The same, multiplied with activations of this kind; they are taken as they are else.
+    pub fn with_activations(mut self, kind: Activations) -> Self {
+        if let Values::Quant { activations, .. } = &mut self.values {
+            *activations = kind;
+        }
+        self
     }
 
     /// Output features.
@@ -215,7 +218,7 @@ impl Weight {
             Values::F32(s) => Stored::F32(s.as_slice()),
             Values::Bf16(s) => Stored::Bf16(s.as_slice()),
             Values::F16(s) => Stored::F16(s.as_slice()),
-            Values::Quant { quant, skip, stride, blocks } => {
+            Values::Quant { quant, skip, stride, blocks, .. } => {
                 Stored::Quant(self.blocks(*quant, *skip, *stride, blocks))
             }
         }
@@ -227,9 +230,9 @@ impl Weight {
             Values::F32(s) => gemm::linear(x, m, self.matrix(s), bias, out),
             Values::Bf16(s) => gemm::linear(x, m, self.matrix(s), bias, out),
             Values::F16(s) => gemm::linear(x, m, self.matrix(s), bias, out),
-            Values::Quant { quant, skip, stride, blocks } => {
+            Values::Quant { quant, activations, skip, stride, blocks } => {
                 let w = self.blocks(*quant, *skip, *stride, blocks);
-                match self.activations {
+                match activations {
                     Activations::Int8 => quant::int8::linear(x, m, w, bias, out),
                     Activations::F32 => quant::linear(x, m, w, bias, out),
                 }
@@ -244,7 +247,7 @@ impl Weight {
             Values::F32(s) => gemm::multiply(y, m, self.matrix(s), accumulate, out),
             Values::Bf16(s) => gemm::multiply(y, m, self.matrix(s), accumulate, out),
             Values::F16(s) => gemm::multiply(y, m, self.matrix(s), accumulate, out),
-            Values::Quant { quant, skip, stride, blocks } => {
+            Values::Quant { quant, skip, stride, blocks, .. } => {
                 let w = self.blocks(*quant, *skip, *stride, blocks);
                 quant::multiply(y, m, w, accumulate, out);
             }
@@ -258,7 +261,7 @@ impl Weight {
             Values::F32(s) => gemm::widen(&s.as_slice()[range], out),
             Values::Bf16(s) => gemm::widen(&s.as_slice()[range], out),
             Values::F16(s) => gemm::widen(&s.as_slice()[range], out),
-            Values::Quant { quant, skip, stride, blocks } => {
+            Values::Quant { quant, skip, stride, blocks, .. } => {
                 quant::read_row(self.blocks(*quant, *skip, *stride, blocks), row, out);
             }
         }
@@ -310,7 +313,8 @@ impl Weight {
             quant::quantize_rows(quant, wide, self.cols, &mut blocks)?;
         }
         let blocks = Store::Owned(blocks);
-        let values = Values::Quant { quant, skip: keep.start, stride, blocks };
+        let activations = Activations::F32;
+        let values = Values::Quant { quant, activations, skip: keep.start, stride, blocks };
         Ok(Weight::new(self.rows, keep.len(), values))
     }
 

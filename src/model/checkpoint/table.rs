@@ -16,7 +16,7 @@ use rayon::prelude::*;
 
 use super::{Piece, StoredDtype, Tensor, matrix_shape};
 use crate::model::names::Place;
-use crate::model::weights::{Plain, Store, Values, Weight, WeightDtype};
+use crate::model::weights::{Activations, Plain, Store, Values, Weight, WeightDtype};
 use crate::{Error, Result};
 
 /// Bytes that one thread reads at a time.
@@ -207,6 +207,7 @@ impl TensorTable {
             StoredDtype::Bf16 => Values::Bf16(self.store(&cut)?),
             StoredDtype::Quant(quant) => Values::Quant {
                 quant: *quant,
+                activations: Activations::F32,
                 skip: cols.start % unit_len,
                 stride: cut.units.len() * unit_bytes,
                 blocks: self.store(&cut)?,
