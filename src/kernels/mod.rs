@@ -6,10 +6,10 @@
 //! [`Tier`] does the same IEEE operations, so tiers agree bit for bit too.
 //!
 //! Integer products ([`quant::int8`]) are exact inside a block of weights, and follow
-//! the blocks' order.
+//! the blocks' order. Products of bf16 ([`gemm::linear_bf16`]) take pairs in the order of
+//! the instruction that some CPUs have for them.
 //!
-//! Left out here: weights packed for the cache, and bf16/AMX matrix instructions,
-//! whose sums round differently.
+//! Left out here: weights packed for the cache, and AMX, whose sums round differently.
 
 pub mod attention;
 pub mod backward;

@@ -4,8 +4,8 @@
     cargo build --release && cargo build --example texts
     python tests/real/model.py FARM TEXTS FOLDER
 
-FOLDER is that of check.py. transformers widens the file's blocks to f32, which is what farm multiplies too (llama.cpp
-rounds activations to 8 bits and leaves the greedy path at near ties). Prints a row a prompt.
+FOLDER is that of check.py. transformers widens the file's blocks to f32, which is what farm multiplies too with
+`--activations f32` (llama.cpp rounds activations to 8 bits, as farm does by default, and leaves the greedy path at near ties). Prints a row a prompt.
 """
 
 import json
@@ -33,7 +33,7 @@ def run(farm, command, model, records):
         prompts, output = Path(folder) / "p.jsonl", Path(folder) / "o.jsonl"
         prompts.write_text(lines(records))
         generate = ["--max-new-tokens", str(NUM_NEW), "--ignore-eos", "--return-token-ids"] if command == "generate" else []
-        subprocess.run([farm, command, "--model", model, "--prompts-file", prompts, "--output", output, "--no-stage", "--max-seq-len", "512", *generate], check=True, stderr=subprocess.DEVNULL)
+        subprocess.run([farm, command, "--model", model, "--prompts-file", prompts, "--output", output, "--no-stage", "--max-seq-len", "512", "--activations", "f32", *generate], check=True, stderr=subprocess.DEVNULL)
         return [json.loads(line) for line in output.read_text().splitlines()]
 
 
