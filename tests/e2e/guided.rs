@@ -118,7 +118,7 @@ fn a_schema_from_life_is_followed_in_any_room() {
     let scratch = Scratch::new();
     let schema = an_invoice();
     let file = scratch.file("invoice.json", schema.to_string());
-    let rooms: Vec<usize> = (1..150).step_by(4).chain((150..400).step_by(50)).collect();
+    let rooms: Vec<usize> = [1, 60, 120, 130, 140, 150, 160, 170, 250].to_vec();
     let lines: Vec<String> = rooms
         .iter()
         .flat_map(|room| [0, 1].map(|temperature| (room, temperature)))
