@@ -352,7 +352,7 @@ pub struct ModelArgs {
     pub weights: WeightsArgs,
     /// What quantized weights are multiplied with on a CPU: activations rounded to 8 bits, or f32
     ///
-    /// int8 multiplies integers, as llama.cpp does, and is about twice as fast; f32 computes what
+    /// int8 multiplies integers, as llama.cpp does, and is faster with many rows at once; f32 computes what
     /// the weights would as f32. Weights that are not quantized, and GPUs, do not use it.
     #[arg(long, env = "FARM_ACTIVATIONS", value_name = "TYPE", default_value = "int8")]
     pub activations: ActivationType,

@@ -41,7 +41,7 @@ const TASK_BYTES: usize = 64 << 10;
 const NEAR_VALUES: usize = 256;
 /// As [`NEAR_VALUES`] for many activations: the second-level cache.
 const FAR_VALUES: usize = 8192;
-/// Blocks that prefetching looks ahead.
+/// Bytes of a line of the caches.
 const LINE_BYTES: usize = 64;
 
 /// `out[m, rows] = x[m, cols] · wᵀ + bias` with `x` rounded to 8 bits, on the rank's threads.
