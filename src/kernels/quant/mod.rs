@@ -4,7 +4,7 @@
 //! ggml-common.h and ggml-quants.c. A value is dequantized to the bits that ggml
 //! gives it, and [`linear`] takes it from there as an f32 weight: its result has
 //! the bits of [`gemm`](super::gemm) on the dequantized rows. [`int8`] rounds the
-//! activations, as llama.cpp does, and multiplies integers: several times as fast.
+//! activations, as llama.cpp does, and multiplies integers.
 //!
 //! Left out: the types with codebooks (iq*) and importance matrices.
 

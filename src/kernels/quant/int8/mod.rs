@@ -23,7 +23,7 @@ use std::marker::PhantomData;
 
 use super::super::gemm;
 use super::super::parallel::{self, SharedMut};
-use super::super::simd::{LANES, Scalar, Simd};
+use super::super::simd::{LANES, Scalar};
 use super::super::{Tier, tier};
 use super::QuantMatrix;
 use super::format::with_format;
@@ -41,8 +41,6 @@ const TASK_BYTES: usize = 64 << 10;
 const NEAR_VALUES: usize = 256;
 /// As [`NEAR_VALUES`] for many activations: the second-level cache.
 const FAR_VALUES: usize = 8192;
-/// Blocks that prefetching looks ahead.
-const LINE_BYTES: usize = 64;
 
 /// `out[m, rows] = x[m, cols] · wᵀ + bias` with `x` rounded to 8 bits, on the rank's threads.
 ///
@@ -233,12 +231,6 @@ impl<F: Strip> Kernel for Unpack<F> {
             // SAFETY: the blocks are there, and room for them.
             unsafe {
                 let p = self.p.add(b * size_of::<F::Block>());
-                for r in 0..LANES {
-                    let next = p.wrapping_add((LANES + r) * self.stride);
-                    for line in (0..size_of::<F::Block>()).step_by(LINE_BYTES) {
-                        T::S::prefetch(next.wrapping_add(line));
-                    }
-                }
                 F::take_apart::<T>(p, self.stride, self.panel.add(b * F::L::WORDS));
             }
         }

@@ -68,6 +68,18 @@ pub(super) trait Strip: Format {
     unsafe fn take_apart<T: Integers>(p: *const u8, stride: usize, to: *mut i32);
 }
 
+/// [`Integers::gather`]; brings four of the next sixteen rows near, by turns, so that a line of
+/// each comes once. All at once would fill the core's buffers for misses, and it would wait.
+#[inline(always)]
+unsafe fn gather<T: Integers>(p: *const u8, stride: usize) -> [T::I; 4] {
+    let first = p as usize / 16 % 4 * 4;
+    for r in first..first + 4 {
+        T::S::prefetch(p.wrapping_add((LANES + r) * stride));
+    }
+    // SAFETY: the caller's.
+    unsafe { T::gather(p, stride) }
+}
+
 /// Each byte `b`.
 const fn bytes(b: u8) -> i32 {
     i32::from_le_bytes([b; 4])
@@ -147,8 +159,8 @@ impl Strip for Q4_0 {
     unsafe fn take_apart<T: Integers>(p: *const u8, stride: usize, to: *mut i32) {
         // SAFETY: the caller's; reads stay inside the block.
         unsafe {
-            put_floats::<T>(to, Self::L::SCALE, T::low_f16(T::gather(p, stride)[0]));
-            put_nibbles::<T>(to, 0, 4, T::gather(p.add(2), stride));
+            put_floats::<T>(to, Self::L::SCALE, T::low_f16(gather::<T>(p, stride)[0]));
+            put_nibbles::<T>(to, 0, 4, gather::<T>(p.add(2), stride));
         }
     }
 }
@@ -160,8 +172,8 @@ impl Strip for Q4_1 {
     unsafe fn take_apart<T: Integers>(p: *const u8, stride: usize, to: *mut i32) {
         // SAFETY: as above.
         unsafe {
-            put_scale_and_min::<T, Self::L>(to, T::gather(p, stride)[0], 1.0);
-            put_nibbles::<T>(to, 0, 4, T::gather(p.add(4), stride));
+            put_scale_and_min::<T, Self::L>(to, gather::<T>(p, stride)[0], 1.0);
+            put_nibbles::<T>(to, 0, 4, gather::<T>(p.add(4), stride));
         }
     }
 }
@@ -174,9 +186,9 @@ impl Strip for Q5_0 {
     unsafe fn take_apart<T: Integers>(p: *const u8, stride: usize, to: *mut i32) {
         // SAFETY: as above.
         unsafe {
-            put_floats::<T>(to, Self::L::SCALE, T::low_f16(T::gather(p, stride)[0]));
-            let high = T::gather(p.add(2), stride)[0];
-            put_five_bits::<T>(to, T::gather(p.add(6), stride), high);
+            put_floats::<T>(to, Self::L::SCALE, T::low_f16(gather::<T>(p, stride)[0]));
+            let high = gather::<T>(p.add(2), stride)[0];
+            put_five_bits::<T>(to, gather::<T>(p.add(6), stride), high);
         }
     }
 }
@@ -188,9 +200,9 @@ impl Strip for Q5_1 {
     unsafe fn take_apart<T: Integers>(p: *const u8, stride: usize, to: *mut i32) {
         // SAFETY: as above.
         unsafe {
-            let head = T::gather(p, stride);
+            let head = gather::<T>(p, stride);
             put_scale_and_min::<T, Self::L>(to, head[0], 1.0);
-            put_five_bits::<T>(to, T::gather(p.add(8), stride), head[1]);
+            put_five_bits::<T>(to, gather::<T>(p.add(8), stride), head[1]);
         }
     }
 }
@@ -203,9 +215,9 @@ impl Strip for Q8_0 {
     unsafe fn take_apart<T: Integers>(p: *const u8, stride: usize, to: *mut i32) {
         // SAFETY: as above.
         unsafe {
-            put_floats::<T>(to, Self::L::SCALE, T::low_f16(T::gather(p, stride)[0]));
+            put_floats::<T>(to, Self::L::SCALE, T::low_f16(gather::<T>(p, stride)[0]));
             for half in 0..2 {
-                let v = T::gather(p.add(2 + 16 * half), stride);
+                let v = gather::<T>(p.add(2 + 16 * half), stride);
                 for i in 0..4 {
                     put::<T>(to, 4 * half + i, T::xor(v[i], T::splat(bytes(128))));
                 }
@@ -264,8 +276,8 @@ unsafe fn put_signed_groups<T: Integers, L: Layout>(
 unsafe fn gather_32<T: Integers>(p: *const u8, stride: usize) -> [T::I; 8] {
     // SAFETY: the caller's.
     unsafe {
-        let [a, b, c, d] = T::gather(p, stride);
-        let [e, f, g, h] = T::gather(p.add(16), stride);
+        let [a, b, c, d] = gather::<T>(p, stride);
+        let [e, f, g, h] = gather::<T>(p.add(16), stride);
         [a, b, c, d, e, f, g, h]
     }
 }
@@ -277,8 +289,8 @@ impl Strip for Q2_K {
     unsafe fn take_apart<T: Integers>(p: *const u8, stride: usize, to: *mut i32) {
         // SAFETY: as above.
         unsafe {
-            put_scale_and_min::<T, Self::L>(to, T::gather(p.add(68), stride)[3], -1.0);
-            let groups = T::gather(p, stride);
+            put_scale_and_min::<T, Self::L>(to, gather::<T>(p.add(68), stride)[3], -1.0);
+            let groups = gather::<T>(p, stride);
             for at in 0..4 {
                 let (scales, mins) = (bits::<T>(groups[at], 0, 15), bits::<T>(groups[at], 4, 15));
                 put_groups::<T, Self::L>(to, at, scales, mins);
@@ -302,9 +314,9 @@ impl Strip for Q3_K {
     unsafe fn take_apart<T: Integers>(p: *const u8, stride: usize, to: *mut i32) {
         // SAFETY: as above.
         unsafe {
-            let scale = T::down(T::gather(p.add(94), stride)[3], 16);
+            let scale = T::down(gather::<T>(p.add(94), stride)[3], 16);
             put_floats::<T>(to, Self::L::SCALE, T::low_f16(scale));
-            let [_, a, b, high] = T::gather(p.add(92), stride);
+            let [_, a, b, high] = gather::<T>(p.add(92), stride);
             for at in 0..4 {
                 let low = bits::<T>(if at % 2 == 0 { a } else { b }, at as u32 / 2 * 4, 15);
                 let scales = T::or(low, T::up(bits::<T>(high, 2 * at as u32, 3), 4));
@@ -330,7 +342,7 @@ impl Strip for Q3_K {
 unsafe fn put_six_bit_groups<T: Integers, L: Layout>(p: *const u8, stride: usize, to: *mut i32) {
     // SAFETY: the caller's.
     unsafe {
-        let [head, a, b, c] = T::gather(p, stride);
+        let [head, a, b, c] = gather::<T>(p, stride);
         put_scale_and_min::<T, L>(to, head, -1.0);
         put_groups::<T, L>(to, 0, bits::<T>(a, 0, 63), bits::<T>(b, 0, 63));
         let scales = T::or(bits::<T>(c, 0, 15), bits::<T>(a, 2, 48));
@@ -348,7 +360,7 @@ impl Strip for Q4_K {
         unsafe {
             put_six_bit_groups::<T, Self::L>(p, stride, to);
             for i in 0..8 {
-                let v = T::gather(p.add(16 + 16 * i), stride);
+                let v = gather::<T>(p.add(16 + 16 * i), stride);
                 put_nibbles::<T>(to, i / 2 * 16 + i % 2 * 4, 8, v);
             }
         }
@@ -385,9 +397,9 @@ impl Strip for Q6_K {
     unsafe fn take_apart<T: Integers>(p: *const u8, stride: usize, to: *mut i32) {
         // SAFETY: as above.
         unsafe {
-            let scale = T::down(T::gather(p.add(194), stride)[3], 16);
+            let scale = T::down(gather::<T>(p.add(194), stride)[3], 16);
             put_floats::<T>(to, Self::L::SCALE, T::low_f16(scale));
-            let scales = T::gather(p.add(192), stride);
+            let scales = gather::<T>(p.add(192), stride);
             for at in 0..4 {
                 // Signed bytes, 128 added.
                 let scales = T::xor(scales[at], T::splat(bytes(128)));
