@@ -64,12 +64,13 @@ fn golden(dir: &Path) -> Golden {
     serde_json::from_str(&std::fs::read_to_string(dir.join("golden.json")).unwrap()).unwrap()
 }
 
-/// Runs `body` as the leader of a group of `size` ranks that hold the model.
+/// Runs `body` as the leader of a group of `size` ranks that hold the model, activations as
+/// they are.
 fn with_model<T: Send>(dir: &Path, size: usize, body: impl Fn(&mut ModelRunner) -> T + Sync) -> T {
-    with_loaded(dir, &[], size, None, Activations::default(), body)
+    with_model_as(dir, size, None, body)
 }
 
-/// The same with weights converted while they are loaded, and activations as they are.
+/// The same with weights converted while they are loaded.
 fn with_model_as<T: Send>(
     dir: &Path,
     size: usize,
@@ -86,7 +87,7 @@ fn with_adapted<T: Send>(
     size: usize,
     body: impl Fn(&mut ModelRunner) -> T + Sync,
 ) -> T {
-    with_loaded(dir, adapters, size, None, Activations::default(), body)
+    with_loaded(dir, adapters, size, None, Activations::F32, body)
 }
 
 fn with_loaded<T: Send>(
@@ -223,6 +224,26 @@ fn check(runner: &mut impl Runner, prompt: &Prompt, what: &str) {
     assert_eq!(&greedy(runner, ids, want.len()), want, "{what}: greedy ids");
 }
 
+/// What CPUs do by default with bf16 weights costs no more than those weights' own rounding:
+/// the bound is that of bf16 on devices.
+#[test]
+fn rounded_activations_stay_near_transformers() {
+    for dir in cases() {
+        for size in [1, 2] {
+            for prompt in golden(&dir).prompts {
+                let ids = &prompt.prompt_token_ids;
+                let body = |runner: &mut ModelRunner| {
+                    let last = step(runner, 0, ids, ids.len(), LogitsWanted::Last).remove(0);
+                    let largest = last.iter().fold(0f32, |max, l| max.max(l.abs()));
+                    let worst = worst(&last, &prompt.last_logits) / largest;
+                    assert!(worst <= 4e-2, "{} TP {size}: {worst}", dir.display());
+                };
+                with_loaded(&dir, &[], size, None, Activations::Rounded, body);
+            }
+        }
+    }
+}
+
 /// Invariant 4: chunks of the prefill do not change a bit of the logits.
 #[test]
 fn chunked_prefill_gives_the_same_bits() {
@@ -230,7 +251,7 @@ fn chunked_prefill_gives_the_same_bits() {
         let golden = golden(&dir);
         let prompt = golden.prompts.iter().max_by_key(|p| p.prompt_token_ids.len()).unwrap();
         let ids = &prompt.prompt_token_ids;
-        with_model(&dir, 1, |runner| {
+        let body = |runner: &mut ModelRunner| {
             let whole = step(runner, 0, ids, ids.len(), LogitsWanted::Last);
             for chunk in [1, 5, 16] {
                 let mut last = Vec::new();
@@ -239,7 +260,10 @@ fn chunked_prefill_gives_the_same_bits() {
                 }
                 assert_eq!(last, whole, "{} in chunks of {chunk}", dir.display());
             }
-        });
+        };
+        for activations in [Activations::Rounded, Activations::F32] {
+            with_loaded(&dir, &[], 1, None, activations, body);
+        }
     }
 }
 
