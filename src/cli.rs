@@ -382,9 +382,10 @@ pub struct ModelArgs {
     pub weights: WeightsArgs,
     /// What weights are multiplied with on a CPU: activations rounded to suit them, or f32
     ///
-    /// auto rounds activations to 8 bits beside quantized weights, as llama.cpp does, and to bf16
-    /// beside bf16 weights, as transformers does, which is up to twice as fast; f32 computes what
-    /// the same weights would as f32. Weights in f32 and f16, and GPUs, do not use it.
+    /// rounded takes them to 8 bits beside quantized weights, as llama.cpp does, and to bf16 beside
+    /// bf16 weights, as transformers does, which is up to twice as fast; f32 computes what the same
+    /// weights would as f32. auto is rounded for texts and f32 for scores. Weights in f32 and f16,
+    /// and GPUs, do not use it.
     #[arg(long, env = "FARM_ACTIVATIONS", value_name = "TYPE", default_value = "auto")]
     pub activations: ActivationType,
     /// LoRA adapter: a PEFT directory or a GGUF file; may be given several times

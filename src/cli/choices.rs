@@ -83,8 +83,10 @@ impl From<Quantize> for QuantType {
 /// `--activations`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum ActivationType {
-    /// Rounded to 8 bits beside quantized weights, to bf16 beside bf16.
+    /// Rounded to generate, as they are to score.
     Auto,
+    /// Rounded to 8 bits beside quantized weights, to bf16 beside bf16.
+    Rounded,
     /// As they are.
     F32,
 }

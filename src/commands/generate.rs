@@ -117,9 +117,13 @@ impl Job {
 
     /// What weights are multiplied with.
     pub fn activations(&self) -> Activations {
-        match self.model.activations {
-            cli::ActivationType::Auto => Activations::Rounded,
-            cli::ActivationType::F32 => Activations::F32,
+        match (self.model.activations, self.mode) {
+            (cli::ActivationType::Auto, Mode::Generate) | (cli::ActivationType::Rounded, _) => {
+                Activations::Rounded
+            }
+            (cli::ActivationType::Auto, Mode::Score) | (cli::ActivationType::F32, _) => {
+                Activations::F32
+            }
         }
     }
 
