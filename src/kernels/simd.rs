@@ -506,7 +506,11 @@ mod x86 {
         #[inline(always)]
         unsafe fn dot_bf16_native(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
             // SAFETY: the caller has AVX-512 BF16; the vectors are the same bits.
-            unsafe { _mm512_dpbf16_ps(c, std::mem::transmute(a), std::mem::transmute(b)) }
+            unsafe {
+                let a = std::mem::transmute::<__m512, __m512bh>(a);
+                let b = std::mem::transmute::<__m512, __m512bh>(b);
+                _mm512_dpbf16_ps(c, a, b)
+            }
         }
         #[inline(always)]
         unsafe fn sum(v: Self::V) -> f32 {

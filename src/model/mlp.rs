@@ -15,7 +15,7 @@ use crate::kernels::ops::Activation;
 /// What follows attention in a layer.
 pub enum FeedForward {
     /// `down(act(gate(x)) · up(x))`, or `down(act(up(x)))`.
-    Dense(Mlp),
+    Dense(Box<Mlp>),
     /// Some of several such, as a router says.
     Experts(Experts),
 }
@@ -38,7 +38,7 @@ impl FeedForward {
             Some(experts) if !experts.dense_layers.contains(&layer) => {
                 Ok(Self::Experts(load_experts(l, config, experts, layer)?))
             }
-            _ => Ok(Self::Dense(Mlp::load(l, config, layer)?)),
+            _ => Ok(Self::Dense(Box::new(Mlp::load(l, config, layer)?))),
         }
     }
 

@@ -159,8 +159,8 @@ pub(super) fn round(from: &[f32], to: &mut [bf16]) {
         let bits = from.to_bits();
         let nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
         let rounded = match bits & 0x7fff_ffff {
-            ..0x0080_0000 => bits >> 16 & 0x8000,
-            ..=0x7f80_0000 => nearest,
+            0..0x0080_0000 => bits >> 16 & 0x8000,
+            0x0080_0000..=0x7f80_0000 => nearest,
             // Not a number: stays one.
             _ => bits >> 16 | 0x40,
         };
