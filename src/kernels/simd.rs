@@ -65,6 +65,18 @@ pub trait Simd: Copy {
         }
         let _ = p;
     }
+    /// As [`prefetch`](Self::prefetch), into the second-level cache, which has buffers for more
+    /// misses at a time than the first.
+    #[inline(always)]
+    fn prefetch_far<T>(p: *const T) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T1>(p.cast());
+        }
+        let _ = p;
+    }
     /// `c` with the products of 16 pairs of bf16s added, the odd one of each pair first, each
     /// sum rounded once; `a` and `b` hold the bits of 32 values each.
     unsafe fn dot_bf16(a: Self::V, b: Self::V, c: Self::V) -> Self::V;

@@ -74,7 +74,7 @@ pub(super) trait Strip: Format {
 unsafe fn gather<T: Integers>(p: *const u8, stride: usize) -> [T::I; 4] {
     let first = p as usize / 16 % 4 * 4;
     for r in first..first + 4 {
-        T::S::prefetch(p.wrapping_add((LANES + r) * stride));
+        T::S::prefetch_far(p.wrapping_add((LANES + r) * stride));
     }
     // SAFETY: the caller's.
     unsafe { T::gather(p, stride) }

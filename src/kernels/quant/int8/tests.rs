@@ -50,9 +50,17 @@ fn rounded(x: &[f32], w: QuantMatrix<'_>) -> Vec<f64> {
     out
 }
 
-/// Whole blocks; cuts at vectors, with and without a tail; a cut anywhere.
-fn cuts(len: usize) -> [(usize, usize); 5] {
-    [(0, 2 * len), (0, 2 * len - 3), (16, len + 21), (5, len + 7), (16, 9)]
+/// Whole blocks; cuts at vectors, with and without a tail; a cut anywhere; blocks by fours.
+fn cuts(len: usize) -> [(usize, usize); 7] {
+    [
+        (0, 2 * len),
+        (0, 2 * len - 3),
+        (16, len + 21),
+        (5, len + 7),
+        (16, 9),
+        (0, 4 * len),
+        (7, 8 * len - 12),
+    ]
 }
 
 #[test]
