@@ -93,7 +93,11 @@ fn widths(asked: WeightDtype) -> Widths {
 /// Whether the layers are what `dtype` would make them: blocks.
 fn is_quantized(dtype: WeightDtype, config: &ModelConfig, tensors: &TensorTable) -> bool {
     let in_layer = |name: &str| role(config, name) == Some(Role::Layer);
-    let is_blocks = |tensor: &Tensor| matches!(tensor.dtype, StoredDtype::Quant(_));
+    let is_blocks = |tensor: &Tensor| {
+        // Rows that no block divides keep their type.
+        let stays = |width: &usize| dtype_for(dtype, Role::Layer, *width).is_none();
+        matches!(tensor.dtype, StoredDtype::Quant(_)) || tensor.shape.last().is_some_and(stays)
+    };
     let mut layers = tensors.iter().filter(|(name, _)| in_layer(name));
     matches!(dtype, WeightDtype::Quant(_)) && layers.all(|(_, tensor)| is_blocks(tensor))
 }

@@ -530,9 +530,10 @@ mod tests {
         for (value, rounded) in values.iter().zip(rounded) {
             assert_eq!(rounded.to_bits(), bf16::from_f32(*value).to_bits(), "{value}");
         }
-        let mut odd = [bf16::ONE; 3];
-        product::round(&[f32::NAN, 1e-39, -1e-39], &mut odd);
-        assert!(odd[0].is_nan() && odd[1..].iter().all(|x| x.to_f32() == 0.0));
+        let mut odd = [bf16::ONE; 4];
+        product::round(&[f32::NAN, f32::from_bits(u32::MAX), 1e-39, -1e-39], &mut odd);
+        assert!(odd[0].is_nan() && odd[1].is_nan());
+        assert!(odd[2..].iter().all(|x| x.to_f32() == 0.0));
     }
 
     #[test]

@@ -26,7 +26,7 @@ use crate::{Error, Result};
 const NAMED: usize = 5;
 
 /// Problems after which no more are looked for: the configuration is another model's, or hostile.
-const MAX_PROBLEMS: usize = 10_000;
+const MAX_PROBLEMS: usize = 500;
 
 /// How a checkpoint's tensors differ from those that the model wants.
 #[derive(Debug, Default)]

@@ -123,10 +123,13 @@ impl Manifest {
                 || found.weights.iter().any(|path| file_name(path).is_ok_and(|p| p == file.path))
         };
         let mtime_ns = 0; // Those of the files that it is made from are in the key.
-        self.files.retain(|file| !is_weights(file));
+        // Beside Meta's form a config.json is not looked at; beside the copy it would be.
+        let is_meta = found.format == Format::Meta;
+        let is_ignored = |file: &FileEntry| is_meta && file.path == "config.json";
+        self.files.retain(|file| !is_weights(file) && !is_ignored(file));
         self.files.push(FileEntry {
             path: QUANTIZED_FILE.into(),
-            source: model.clone(),
+            source: canonical(model, "--model")?,
             bytes: file.bytes(),
             mtime_ns,
             made: true,

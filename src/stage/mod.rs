@@ -3,7 +3,8 @@
 //!
 //! [`stage`] is the story: [`sources`] and [`manifest`] say which files, [`cache`] locks the node's
 //! copy, [`copy`] checks a copy that is there, [`space`] how much a node can take;
-//! [`plan`] decides, [`make`] quantizes where that is asked for, [`transfer`] moves. [`Staged`] holds the copy until it is dropped.
+//! [`plan`] decides, [`make`] quantizes where that is asked for, [`transfer`] moves. [`Staged`]
+//! holds the copy until it is dropped.
 //! Left out: moving only the slices that a node's ranks need; every node gets all files.
 
 use std::path::{Path, PathBuf};
@@ -368,6 +369,8 @@ impl Leader<'_> {
             };
             let source = self.agree(source)?;
             let is_maker = reads && phase.source == Source::Made;
+            // What was made must be what is passed on.
+            let made = is_maker.then(|| hashes.clone());
             let node = Node {
                 leaders: self.leaders,
                 chunks: self.chunks,
@@ -375,7 +378,7 @@ impl Leader<'_> {
                 action: if is_maker { &Action::Reuse } else { prepared.action() },
                 source: source.as_ref(),
                 destination: destination.as_ref().map(|(_, files)| files),
-                expected: expected.as_deref(),
+                expected: made.as_deref().or(expected.as_deref()),
             };
             moved.push((phase.source, self.agree(run_phase(&node, phase, &mut hashes))?));
         }

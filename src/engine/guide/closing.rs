@@ -299,6 +299,8 @@ impl<'a> Search<'a> {
         let state = recognizer.lexer_state();
         let structure = position.as_ref().map(Position::structure).unwrap_or_default();
         let depth = position.as_ref().map_or(0, Position::depth);
+        // What a node holds grows with its depth.
+        self.work += depth / 8;
         if !self.seen.insert((state, structure)) {
             return;
         }

@@ -86,7 +86,9 @@ impl Matcher {
         }
         let looked = guarded(|| {
             self.find_way_out(room);
-            Ok::<_, Infallible>(self.way_out.is_none() || self.look_at(token, room - 1).is_some())
+            Ok::<_, Infallible>(
+                self.way_out.is_none() || self.look_at(token, room.saturating_sub(1)).is_some(),
+            )
         });
         looked.unwrap_or(true)
     }

@@ -157,7 +157,7 @@ pub fn widen<E: Element>(from: &[E], to: &mut [f32]) {
 pub(super) fn round(from: &[f32], to: &mut [bf16]) {
     for (to, from) in to.iter_mut().zip(from) {
         let bits = from.to_bits();
-        let nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
         let rounded = match bits & 0x7fff_ffff {
             0..0x0080_0000 => bits >> 16 & 0x8000,
             0x0080_0000..=0x7f80_0000 => nearest,

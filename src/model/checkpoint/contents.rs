@@ -58,8 +58,9 @@ impl Contents {
         }
         let tensors = TensorTable::new(mapped, tensors);
         // A quantized copy of Meta's form keeps its names and its configuration.
-        let is_meta = !files.dir.join("config.json").exists();
-        let params = (is_meta && meta_params(&files).exists()).then(|| read_params(&files));
+        let is_meta =
+            tensors.contains("tok_embeddings.weight") && !files.dir.join("config.json").exists();
+        let params = is_meta.then(|| read_params(&files));
         Ok(Self { files, tensors, metadata: None, params: params.transpose()? })
     }
 

@@ -256,8 +256,8 @@ fn wrong(key: &str) -> Error {
 /// [`merge`]'s tensors by name.
 ///
 /// Width of the MLP and the vocabulary are those of the weights, and must be what
-/// `params.json` says; whether the tokenizer fits them is seen where it is opened. Token ids of begin and end are set for Llama 3's
-/// vocabulary only; other tokenizers name theirs.
+/// `params.json` says; whether the tokenizer fits them is seen where it is opened. Token ids
+/// of begin and end are set for Llama 3's vocabulary only; other tokenizers name theirs.
 ///
 /// # Errors
 /// Input errors that name the key or tensor: missing, out of range, not supported,
