@@ -91,7 +91,7 @@ fn widths(asked: WeightDtype) -> Widths {
 }
 
 /// Whether the layers are what `dtype` would make them: blocks.
-fn is_quantized(dtype: WeightDtype, config: &ModelConfig, tensors: &TensorTable) -> bool {
+pub fn is_quantized(dtype: WeightDtype, config: &ModelConfig, tensors: &TensorTable) -> bool {
     let in_layer = |name: &str| role(config, name) == Some(Role::Layer);
     let is_blocks = |tensor: &Tensor| {
         // Rows that no block divides keep their type.

@@ -18,7 +18,7 @@ use crate::engine::{Guides, Mode, TokenDecoder};
 use crate::kernels::attention::BLOCK_SIZE;
 use crate::model::checkpoint::Contents;
 use crate::model::tokenizer::Tokenizer;
-use crate::model::{Adapter, Checkpoint, LoadOptions, ModelRunner, Preflight, Runner};
+use crate::model::{Adapter, Checkpoint, LoadOptions, ModelRunner, Preflight, Runner, WeightDtype};
 use crate::prompts::{AdapterNames, ChatTemplate, Defaults, Preparer};
 use crate::slurm::memory_for_rank;
 use crate::stage::sources::ModelPaths;
@@ -66,6 +66,13 @@ pub fn load(
     let Opened { checkpoint, tokenizer, template, adapters } = opened;
     let num_blocks = least(&**group, agree(world, num_blocks)?);
     let (dtype, max_seq_len) = (job.dtype(), plan.max_seq_len);
+    if let Some(quant @ WeightDtype::Quant(_)) = dtype
+        && staged.report.quantized.is_none()
+        && world.rank() == 0
+        && footprint::is_quantized(quant, checkpoint.config(), checkpoint.tensors())
+    {
+        tracing::warn!("--quantize {} changes nothing: the weights are quantized", quant.name());
+    }
     let options =
         LoadOptions { dtype, activations: job.activations(), max_seq_len, num_blocks, device };
     let started = Instant::now();
@@ -179,7 +186,17 @@ pub fn whole(model: &Path) -> Result<Checkpoint> {
     if let unused @ [_, ..] = preflight.unused() {
         let some = unused.iter().take(3).map(String::as_str).collect::<Vec<_>>().join(", ");
         let more = if unused.len() > 3 { ", …" } else { "" };
-        tracing::info!("{} tensors of the model are not used: {some}{more}", unused.len());
+        let what = format!("{} tensors of the model are not used: {some}{more}", unused.len());
+        // Of the decoder itself: without them the model may be another one than was trained.
+        let is_in_layer = |name: &String| {
+            ["model.layers.", "transformer.h.", "layers.", "blk."]
+                .iter()
+                .any(|l| name.starts_with(l))
+        };
+        match unused.iter().any(is_in_layer) {
+            true => tracing::warn!("{what}; does its configuration belong to it?"),
+            false => tracing::info!("{what}"),
+        }
     }
     Ok(checkpoint)
 }
