@@ -6,7 +6,7 @@
 //! then adds to the output's f32 by one fused multiply-add (two with minimums), in the order
 //! of the blocks. So an output has the same bits in every tier and beside any others.
 //!
-//! Weights are taken apart sixteen rows at a time, a row a lane ([`strip`]), into bytes that stay
+//! Weights are taken apart sixteen rows at a time, a row a lane (`strip`), into bytes that stay
 //! in the caches, for as many activations as there are. For one activation, rows of some
 //! types are read along themselves instead (`rows`, in AVX-512 with VNNI), to the same bits.
 
