@@ -183,22 +183,24 @@ pub fn whole(model: &Path) -> Result<Checkpoint> {
     if let Some(problem) = preflight.problem() {
         return Err(Error::input(format!("--model {}: {problem}", model.display())));
     }
-    if let unused @ [_, ..] = preflight.unused() {
-        let some = unused.iter().take(3).map(String::as_str).collect::<Vec<_>>().join(", ");
-        let more = if unused.len() > 3 { ", …" } else { "" };
-        let what = format!("{} tensors of the model are not used: {some}{more}", unused.len());
-        // Of the decoder itself: without them the model may be another one than was trained.
-        let is_in_layer = |name: &String| {
-            ["model.layers.", "transformer.h.", "layers.", "blk."]
-                .iter()
-                .any(|l| name.starts_with(l))
-        };
-        match unused.iter().any(is_in_layer) {
-            true => tracing::warn!("{what}; does its configuration belong to it?"),
-            false => tracing::info!("{what}"),
-        }
+    if !preflight.unused().is_empty() {
+        log_unused(preflight.unused());
     }
     Ok(checkpoint)
+}
+
+/// Of the decoder's layers it is a warning: without them the model may be another one than
+/// was trained.
+fn log_unused(names: &[String]) {
+    const LAYERS: [&str; 4] = ["model.layers.", "transformer.h.", "layers.", "blk."];
+    let some = names.iter().take(3).map(String::as_str).collect::<Vec<_>>().join(", ");
+    let more = if names.len() > 3 { ", …" } else { "" };
+    let what = format!("{} tensors of the model are not used: {some}{more}", names.len());
+    let is_in_layer = |name: &String| LAYERS.iter().any(|layers| name.starts_with(layers));
+    match names.iter().any(is_in_layer) {
+        true => tracing::warn!("{what}; does its configuration belong to it?"),
+        false => tracing::info!("{what}"),
+    }
 }
 
 /// The tokenizer at `given`, else the model's own.

@@ -94,16 +94,8 @@ pub(super) fn linear_in_tier<E: Element>(
     bias: Option<&[f32]>,
     out: &mut [f32],
 ) {
-    in_panels(x, m, w, bias, out, |panel| {
-        // SAFETY: the panel lies inside the slices.
-        unsafe {
-            if panel.m < LEAST_ROWS {
-                run_panel(tier, panel);
-            } else {
-                with_copied(panel, |panel| run_panel(tier, panel));
-            }
-        }
-    });
+    // SAFETY: the panel's pointers are valid for its shape.
+    in_panels(x, m, w, bias, out, |panel| unsafe { run_panel(tier, panel) });
 }
 
 fn linear_bf16_in_tier(
@@ -115,20 +107,13 @@ fn linear_bf16_in_tier(
     out: &mut [f32],
 ) {
     with_rounded(x, |x| {
-        in_panels(x, m, w, bias, out, |panel| {
-            // SAFETY: as above.
-            unsafe {
-                if panel.m < LEAST_ROWS {
-                    run_pairs(tier, panel);
-                } else {
-                    with_copied(panel, |panel| run_pairs(tier, panel));
-                }
-            }
-        });
+        // SAFETY: as above.
+        in_panels(x, m, w, bias, out, |panel| unsafe { run_pairs(tier, panel) });
     });
 }
 
-/// Cuts a product into panels and runs them on the rank's threads.
+/// Cuts a product into panels and runs them on the rank's threads; those of many rows of
+/// activations over a copy of their weights.
 fn in_panels<X: Element, E: Element>(
     x: &[X],
     m: usize,
@@ -149,7 +134,7 @@ fn in_panels<X: Element, E: Element>(
     let out = SharedMut::new(out);
     parallel::for_each(row_tasks * m.div_ceil(task_m), 2 * m * w.rows * w.cols, |task| {
         let (start, first) = (task / row_tasks * task_m, task % row_tasks * task_rows);
-        run(&Panel {
+        let panel = Panel {
             x: x[start * w.cols..].as_ptr(),
             m: task_m.min(m - start),
             // SAFETY: `first < rows`, and the data hold every row (asserted above).
@@ -162,7 +147,13 @@ fn in_panels<X: Element, E: Element>(
             // SAFETY: inside `out`; tasks write disjoint rows or columns.
             out: unsafe { out.get().add(start * w.rows + first) },
             out_stride: w.rows,
-        });
+        };
+        if panel.m < LEAST_ROWS {
+            run(&panel);
+        } else {
+            // SAFETY: the panel lies inside the slices.
+            unsafe { with_copied(&panel, &run) };
+        }
     });
 }
 
